@@ -1,0 +1,162 @@
+"""Linux system calls and kernel file formats that the standard library lacks.
+
+Owns: inotify, the birth time from statx, the lines of /proc/self/mountinfo. Every function raises
+OSError with the kernel's errno; nothing here decides what an error means. Constants carry the name
+of the header that they come from.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import struct
+from typing import Final, NamedTuple
+
+# <linux/inotify.h>
+IN_MODIFY: Final = 0x00000002
+IN_CREATE: Final = 0x00000100
+IN_DELETE: Final = 0x00000200
+IN_Q_OVERFLOW: Final = 0x00004000
+IN_ONLYDIR: Final = 0x01000000
+IN_DONT_FOLLOW: Final = 0x02000000
+IN_ISDIR: Final = 0x40000000
+
+# <fcntl.h>, <linux/stat.h>
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
+_STATX_BTIME: Final = 0x800
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+_libc.inotify_rm_watch.argtypes = (ctypes.c_int, ctypes.c_int)
+_libc.statx.argtypes = (
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_uint,
+    ctypes.c_void_p,
+)
+
+# Bound once: looking a function up in the library again costs more than some of the calls do.
+_inotify_add_watch = _libc.inotify_add_watch
+_inotify_rm_watch = _libc.inotify_rm_watch
+
+
+def _error(call: str, path: bytes | None = None) -> OSError:
+    number = ctypes.get_errno()
+    text = f"{call}: {os.strerror(number)}"
+    return OSError(number, text, path) if path is not None else OSError(number, text)
+
+
+def inotify_init() -> int:
+    """Return a new inotify descriptor, non-blocking and close-on-exec (inotify_init1(2))."""
+    fd: int = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    if fd < 0:
+        raise _error("inotify_init1")
+    return fd
+
+
+def inotify_add_watch(fd: int, path: bytes, mask: int) -> int:
+    """Watch PATH for the events in MASK and return the watch descriptor.
+
+    A relative path starts at the working directory: the kernel has no ``dirfd`` variant. Adding a
+    watch on an inode that has one returns the same number. ENOSPC means that
+    ``fs.inotify.max_user_watches`` is reached (inotify_add_watch(2)).
+    """
+    watch: int = _inotify_add_watch(fd, path, mask)
+    if watch < 0:
+        raise _error("inotify_add_watch", path)
+    return watch
+
+
+def inotify_rm_watch(fd: int, watch: int) -> None:
+    """Remove a watch; EINVAL if the kernel has removed it already (inotify_rm_watch(2))."""
+    if _inotify_rm_watch(fd, watch) < 0:
+        raise _error("inotify_rm_watch")
+
+
+_EVENT_HEADER = struct.Struct("=iIII")
+
+
+def parse_inotify_events(data: bytes) -> list[tuple[int, int, bytes]]:
+    """Split what one read(2) of an inotify descriptor returned into (watch, mask, name).
+
+    The name is empty when the watched object itself is meant (inotify(7)). Plain tuples, because a
+    burst brings six of them per cgroup. The kernel never splits a record; a tail that is too short
+    (which only a caller's mistake can produce) raises ValueError.
+    """
+    events: list[tuple[int, int, bytes]] = []
+    unpack = _EVENT_HEADER.unpack_from
+    offset, end = 0, len(data)
+    try:
+        while offset < end:
+            watch, mask, _cookie, length = unpack(data, offset)
+            offset += 16
+            if length:
+                if offset + length > end:
+                    raise ValueError("truncated inotify event")
+                events.append((watch, mask, data[offset : offset + length].rstrip(b"\0")))
+                offset += length
+            else:
+                events.append((watch, mask, b""))
+    except struct.error as error:
+        raise ValueError("truncated inotify event") from error
+    return events
+
+
+def birth_time(fd: int, path: bytes) -> float | None:
+    """Return when PATH (relative to the directory FD) was created, in seconds since the epoch.
+
+    None where the file system does not say; mainline kernels do not for cgroups (statx(2)).
+    """
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statx(fd, path, _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, buffer) < 0:
+        raise _error("statx", path)
+    # struct statx: stx_mask at 0, stx_btime (s64 seconds, u32 nanoseconds) at 80
+    (mask,) = struct.unpack_from("=I", buffer, 0)
+    if not mask & _STATX_BTIME:
+        return None
+    seconds, nanoseconds = struct.unpack_from("=qI", buffer, 80)
+    result: float = seconds + nanoseconds / 1e9
+    return result
+
+
+class Mount(NamedTuple):
+    """One mounted file system: its device, where, of which type, with its superblock's options."""
+
+    device: int
+    path: bytes
+    fstype: bytes
+    options: frozenset[bytes]
+
+
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+
+
+def parse_mountinfo(data: bytes) -> list[Mount]:
+    """Parse /proc/PID/mountinfo (proc_pid_mountinfo(5)), in the kernel's order."""
+    mounts = []
+    for line in data.splitlines():
+        before, separator, after = line.partition(b" - ")
+        fields, tail = before.split(b" "), after.split(b" ")
+        major, _, minor = fields[2].partition(b":") if len(fields) > 5 else (b"", b"", b"")
+        if not separator or len(tail) < 3 or not (major.isdigit() and minor.isdigit()):
+            raise ValueError(f"malformed mountinfo line: {line!r}")
+        path = _OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), fields[4])
+        device = os.makedev(int(major), int(minor))
+        mounts.append(Mount(device, path, tail[0], frozenset(tail[2].split(b","))))
+    return mounts
+
+
+def find_cgroup2_mount() -> Mount | None:
+    """Return the first cgroup v2 mount that is not hidden below a later mount."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        mounts = parse_mountinfo(file.read())
+    return next((m for m in mounts if m.fstype == b"cgroup2" and _reachable(m)), None)
+
+
+def _reachable(mount: Mount) -> bool:
+    try:
+        return os.stat(mount.path).st_dev == mount.device
+    except OSError:
+        return False

@@ -1,0 +1,1 @@
+"""The reaper: watches cgroup v2 scopes, accounts for what ran empty, deletes it."""

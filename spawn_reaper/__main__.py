@@ -1,0 +1,233 @@
+"""cm4all-spawn-reaper: the command line, and where the daemon's parts are put together."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Final, NoReturn
+
+import msgspec
+
+from spawn_common import linux
+from spawn_common.service import AlreadyRunning, Claims, Service
+from spawn_common.settings import SettingsError
+from spawn_common.settings import load as load_settings
+from spawn_reaper.accounts import Accounts
+from spawn_reaper.reaper import Reaper
+from spawn_reaper.scopes import ScopeFinder, check_pattern
+from spawn_reaper.script import Script, ScriptError
+from spawn_reaper.settings import Settings, check
+from spawn_reaper.usage import local_counters
+
+_log = logging.getLogger("spawn_reaper")
+
+DEFAULT_CONFIG: Final = Path("/etc/cm4all/spawn/reaper.toml")
+DEFAULT_SCRIPT: Final = Path("/etc/cm4all/spawn/reaper.lua")
+
+
+class Unusable(Exception):
+    """The daemon cannot start; ``problems`` says why, one line each."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+
+def main() -> None:
+    """Run the command; the exit status is 0, or 1 for a problem, or 2 for wrong usage."""
+    arguments = _parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        if arguments.check:
+            asyncio.run(_check(arguments))
+        else:
+            asyncio.run(_serve(arguments))
+    except Unusable as error:
+        _die(*error.problems)
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="cm4all-spawn-reaper",
+        description="Watch cgroup v2 scopes; when a cgroup runs empty, log what it used, "
+        "call the Lua function cgroup_released, and delete it.",
+        epilog="SIGHUP calls the Lua function reload. SIGTERM and SIGINT end the daemon.",
+    )
+    parser.add_argument(
+        "--cgroup-root",
+        metavar="DIR",
+        type=Path,
+        help="where the cgroup v2 hierarchy is (default: from /proc/self/mountinfo)",
+    )
+    parser.add_argument(
+        "--scope",
+        metavar="PATH",
+        action="append",
+        dest="scopes",
+        help="manage this scope, a path below the cgroup root; may be a glob pattern and given "
+        "more than once; replaces those of the settings",
+    )
+    parser.add_argument(
+        "--lua",
+        metavar="FILE",
+        type=Path,
+        help=f"the script (default: {DEFAULT_SCRIPT}, if it exists)",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help=f"the settings (default: {DEFAULT_CONFIG}, if it exists)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="load the settings and run the script's main chunk, report every problem, and exit",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    return parser.parse_args()
+
+
+def _version() -> str:
+    return metadata.version("cm4all-spawn")
+
+
+def _die(*problems: str) -> NoReturn:
+    for problem in problems:
+        print(f"cm4all-spawn-reaper: {problem}", file=sys.stderr)
+    sys.exit(1)
+
+
+# Parts
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    """Return the settings of file and command line."""
+    settings = Settings()
+    path = arguments.config or DEFAULT_CONFIG
+    try:
+        settings = load_settings(path, Settings, check)
+    except FileNotFoundError:
+        if arguments.config:
+            raise Unusable(f"{path}: No such file or directory") from None
+    except OSError as error:
+        raise Unusable(f"{path}: {error.strerror}") from None
+    except SettingsError as error:
+        raise Unusable(*error.problems) from None
+    if arguments.scopes:
+        problems = [
+            f"--scope {pattern!r} {reason}"
+            for pattern in arguments.scopes
+            if (reason := check_pattern(pattern))
+        ]
+        if problems:
+            raise Unusable(*problems)
+        settings = msgspec.structs.replace(settings, scopes=tuple(arguments.scopes))
+    return settings
+
+
+def _cgroup_root(arguments: argparse.Namespace) -> tuple[bytes, frozenset[bytes]]:
+    """Return the path of the cgroup root directory, and the options of its mount."""
+    mount = linux.find_cgroup2_mount()
+    root = os.fsencode(arguments.cgroup_root) if arguments.cgroup_root else mount and mount.path
+    if not root:
+        raise Unusable("no cgroup v2 hierarchy is mounted; --cgroup-root names one")
+    root = os.path.abspath(root)
+    if not os.path.exists(root + b"/cgroup.procs"):
+        raise Unusable(f"{os.fsdecode(root)}: not a cgroup v2 directory")
+    return root, mount.options if mount else frozenset()
+
+
+async def _script(arguments: argparse.Namespace, settings: Settings, root: bytes) -> Script | None:
+    """Return the loaded script; None if there is no default script."""
+    path = arguments.lua or DEFAULT_SCRIPT
+    if not arguments.lua and not path.exists():
+        _log.info("%s does not exist, running without a script", path)
+        return None
+    try:
+        script = Script(settings.handlers, root)
+        await script.load(path)
+    except ScriptError as error:
+        raise Unusable(str(error)) from None
+    return script
+
+
+def _claims(root: bytes, settings: Settings) -> Claims:
+    """Make sure that no other reaper manages one of the scopes in this hierarchy."""
+    status = os.stat(root)
+    hierarchy = f"{status.st_dev}:{status.st_ino}"
+    try:
+        return Claims(f"cm4all-spawn-reaper/{hierarchy}", settings.scopes)
+    except AlreadyRunning as error:
+        raise Unusable(str(error)) from None
+
+
+# Commands
+
+
+async def _check(arguments: argparse.Namespace) -> None:
+    """Try everything that can be tried without touching a cgroup, and report all problems."""
+    problems: list[str] = []
+    settings = Settings()
+    try:
+        settings = _settings(arguments)
+    except Unusable as error:
+        problems += error.problems
+    try:
+        await _script(arguments, settings, b"/")
+    except Unusable as error:
+        problems += error.problems
+    if problems:
+        raise Unusable(*problems)
+
+
+async def _serve(arguments: argparse.Namespace) -> None:
+    """Run the daemon until it is told to stop."""
+    settings = _settings(arguments)
+    root, mount_options = _cgroup_root(arguments)
+    claims = _claims(root, settings)
+    script: Script | None = None
+    reaper: Reaper | None = None
+
+    def status() -> str:
+        return reaper.status() if reaper else "starting"
+
+    service = Service(lambda: script.reload() if script else None, status)
+    script = await _script(arguments, settings, root)
+    reaper = Reaper(
+        ScopeFinder(root, [os.fsencode(pattern) for pattern in settings.scopes]),
+        Accounts(_local_counters(root, mount_options), pressure=settings.pressure),
+        grace=settings.grace,
+        unclaimed=settings.unclaimed,
+        log_lines=settings.log,
+        released=script.released if script and script.handles_releases else None,
+    )
+    reaper.start()
+    # What was loaded stays: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
+    service.ready()
+    await service.stopped()
+    reaper.stop()
+    if script is not None and (left := await script.finish(settings.stop)):
+        _log.error("%d releases were not handled to the end", left)
+    claims.close()
+
+
+def _local_counters(root: bytes, mount_options: frozenset[bytes]) -> frozenset[str]:
+    """Find out which counters leave out a cgroup's children; see usage.local_counters()."""
+    directories = (entry.path for entry in os.scandir(root) if entry.is_dir())
+    known = any(os.path.exists(path + b"/pids.events.local") for path in directories)
+    return local_counters(mount_options, pids_events_local=known)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Turns a cgroup that ran empty into a record, and remembers what was recorded.
+
+Owns the baselines: what was recorded for a cgroup and below it is subtracted from what the kernel
+says next time, so that ``own`` may be added up over all records. Reads through an open directory,
+which is the cgroup's identity; knows nothing of when, and deletes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from types import MappingProxyType
+from typing import Final
+
+import msgspec
+
+from spawn_reaper import usage
+from spawn_reaper.release import Attributes, Pressures, Release, ReleaseIds
+from spawn_reaper.report import printable
+from spawn_reaper.tree import OPEN_DIRECTORY, Cgroup, located
+
+_log = logging.getLogger(__name__)
+
+_NO_ATTRIBUTES: Final[Attributes] = MappingProxyType({})
+
+
+class Opened:
+    """A cgroup that is being looked at, with its directory and its cpu.stat open."""
+
+    __slots__ = ("cgroup", "cpu", "cpu_stat", "directory", "path", "release")
+
+    def __init__(self, cgroup: Cgroup, path: bytes, directory: int) -> None:
+        self.cgroup = cgroup
+        self.path = path
+        self.directory = directory
+        self.cpu = -1
+        self.cpu_stat = b""  # as it was when the record was made
+        self.release: Release | None = None  # what was recorded of it, if anything was
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self.cpu >= 0:
+            os.close(self.cpu)
+        os.close(self.directory)
+
+    def read_cpu_stat(self) -> bytes:
+        """Return cpu.stat as it is now; empty if it cannot be read."""
+        try:
+            if self.cpu < 0:
+                self.cpu = os.open(
+                    usage.CPU_STAT, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.directory
+                )
+            return usage.read_descriptor(self.cpu)
+        except OSError:
+            return b""
+
+
+class Accounts:
+    """Makes the records of one daemon."""
+
+    def __init__(self, local: frozenset[str], *, pressure: bool) -> None:
+        """LOCAL names the counters that do not include children; PRESSURE: read PSI always."""
+        self._local = local
+        self._pressure = pressure
+        self._new_id = ReleaseIds()
+        self._files: dict[bytes, tuple[bytes, ...]] = {}  # by cgroup.subtree_control
+        self._complained: set[str] = set()
+        self._batch_files: dict[Cgroup, tuple[bytes, ...]] = {}
+        self._batch_attributes: dict[Cgroup, Attributes] = {}
+
+    def begin_batch(self) -> None:
+        """Forget what may have changed since the last batch."""
+        self._batch_files.clear()
+        self._batch_attributes.clear()
+
+    def read(self, opened: Opened) -> usage.Usage:
+        """Read the statistics of a cgroup, as the kernel counts."""
+        opened.cpu_stat = opened.read_cpu_stat()
+        contents = [(usage.CPU_STAT, opened.cpu_stat)]
+        for name in self._files_of(opened):
+            try:
+                contents.append((name, usage.read_file(opened.directory, name)))
+            except OSError as error:
+                self._complain(f"{name.decode()}: {error.strerror}", opened)
+        result, malformed = usage.parse_usage(contents)
+        for problem in malformed:
+            self._complain(str(problem), opened)
+        return result
+
+    def own(self, cgroup: Cgroup, found: usage.Usage) -> usage.Counters:
+        """Return the part of FOUND that was not recorded yet."""
+        return usage.subtract(found.counters, cgroup.accounted)
+
+    def record(self, opened: Opened, found: usage.Usage, own: usage.Counters) -> Release:
+        """Make the record of a release and remember it as the cgroup's baseline."""
+        pressures = _read_pressures(opened.directory) if self._pressure else None
+        opened.cgroup.reported = True
+        opened.cgroup.used = False
+        return self._record(opened, found, own, pressures, remainder=False)
+
+    def remainder(self, opened: Opened, last: bytes) -> Release | None:
+        """Return the record of what a deleted cgroup used after it was read; None if nothing.
+
+        LAST is its cpu.stat directly before the deletion.
+        """
+        found, _ = usage.parse_usage([(usage.CPU_STAT, last)])
+        own = self.own(opened.cgroup, found)
+        if not any(msgspec.structs.astuple(own)):
+            return None
+        return self._record(opened, found, own, None, remainder=True)
+
+    def _record(
+        self,
+        opened: Opened,
+        found: usage.Usage,
+        own: usage.Counters,
+        pressures: Pressures | None,
+        *,
+        remainder: bool,
+    ) -> Release:
+        cgroup = opened.cgroup
+        cgroup.accounted = usage.add(cgroup.accounted, own)
+        # Attributes stay readable through the open directory even after the deletion.
+        attributes = [_read_attributes(opened.directory)]
+        parent = cgroup.parent
+        while parent is not None and parent.parent is not None:
+            parent.accounted = usage.add(parent.accounted, own, without=self._local)
+            attributes.append(self._attributes_of(parent))
+            parent = parent.parent
+        return Release(
+            self._new_id(cgroup.inode),
+            cgroup.scope.path + b"/" + opened.path,
+            opened.path,
+            time.time(),
+            cgroup.born,
+            None if cgroup.born is None else time.monotonic() - cgroup.seen,
+            found,
+            own,
+            tuple(attributes),
+            pressures,
+            remainder,
+        )
+
+    def _files_of(self, opened: Opened) -> tuple[bytes, ...]:
+        """Return which statistics files the cgroup has besides cpu.stat.
+
+        Its parent's cgroup.subtree_control decides; one look into the first directory of that
+        kind tells which of the files this kernel knows.
+        """
+        parent = opened.cgroup.parent
+        assert parent is not None
+        if parent not in self._batch_files:
+            with located(parent.scope, parent.path()) as (fd, path):
+                control = usage.read_file(fd, os.path.join(path, b"cgroup.subtree_control"))
+            if control not in self._files:
+                present = {os.fsencode(name) for name in os.listdir(opened.directory)}
+                wanted = usage.STATISTICS_FILES - {usage.CPU_STAT}
+                self._files[control] = tuple(sorted(wanted & present))
+            self._batch_files[parent] = self._files[control]
+        return self._batch_files[parent]
+
+    def _attributes_of(self, cgroup: Cgroup) -> Attributes:
+        """Return the attributes of a parent, read once for each batch."""
+        if cgroup not in self._batch_attributes:
+            attributes = _NO_ATTRIBUTES
+            try:
+                with located(cgroup.scope, cgroup.path()) as (fd, path):
+                    directory = os.open(path, OPEN_DIRECTORY, dir_fd=fd)
+                try:
+                    attributes = _read_attributes(directory)
+                finally:
+                    os.close(directory)
+            except OSError:
+                pass  # gone, or not ours to read
+            self._batch_attributes[cgroup] = attributes
+        return self._batch_attributes[cgroup]
+
+    def _complain(self, problem: str, opened: Opened) -> None:
+        """Say once for each kind of problem that a file cannot be used."""
+        if problem not in self._complained and len(self._complained) < 100:
+            self._complained.add(problem)
+            _log.warning("%s: %s", printable(opened.path).decode(), problem)
+
+
+def _read_attributes(directory: int) -> Attributes:
+    try:
+        names = os.listxattr(directory)
+        if not names:
+            return _NO_ATTRIBUTES
+        return {
+            os.fsencode(name): os.getxattr(directory, name)
+            for name in names
+            if name.startswith("user.")
+        }
+    except OSError:
+        return _NO_ATTRIBUTES
+
+
+def _read_pressures(directory: int) -> Pressures:
+    totals = []
+    for name in usage.PRESSURE_FILES:
+        try:
+            totals.append(usage.parse_pressure(usage.read_file(directory, name)))
+        except OSError:
+            totals.append(usage.Pressure())
+    return Pressures(*totals)

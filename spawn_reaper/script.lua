@@ -1,0 +1,120 @@
+-- The Lua side of script.py: runs handlers as coroutines, under limits.
+--
+-- Called once with the limits and a function that takes (subject, message) when a handler fails.
+-- Returns the functions that script.py calls. Whatever the script may replace later (coroutine,
+-- error, ...) is kept in locals.
+
+local cpu_limit, memory_limit, failed = ...
+
+local clock, collectgarbage, error, loadstring = os.clock, collectgarbage, error, loadstring
+local create, resume, status, yield =
+    coroutine.create, coroutine.resume, coroutine.status, coroutine.yield
+local getinfo, sethook = debug.getinfo, debug.sethook
+local format, match = string.format, string.match
+local rawget, tostring, type, xpcall = rawget, tostring, type, xpcall
+local globals = _G
+
+-- With the JIT on, compiled loops never reach the count hook.
+jit.off()
+jit.flush()
+jit.on = function() end
+
+-- Python is an implementation detail of ours, not of the scripts.
+globals.python = nil
+package.loaded.python = nil
+
+-- A pipe would be buffered in blocks.
+io.stdout:setvbuf("line")
+
+local INSTRUCTIONS = 1000 -- between two looks at the limits
+local cpu_end = 0
+
+local function check()
+  if clock() > cpu_end then
+    -- From now on every instruction fails, so that a pcall in the script cannot go on.
+    sethook(check, "", 1)
+    error(format("used more than %g s of CPU time", cpu_limit), 2)
+  end
+  if collectgarbage("count") * 1024 > memory_limit then
+    collectgarbage()
+    if collectgarbage("count") * 1024 > memory_limit then
+      error(format("used more than %g MB of memory", memory_limit / 1000000), 2)
+    end
+  end
+end
+
+-- Turns any error value into a string that begins with file and line.
+local function locate(value)
+  local message = type(value) == "string" and value
+    or format("(error object is a %s value)", type(value))
+  if match(message, "^[^\n]-:%d+: ") then
+    return message
+  end
+  local level = 2
+  while true do
+    local info = getinfo(level, "Sl")
+    if not info then
+      return message
+    end
+    if info.currentline > 0 then
+      return format("%s:%d: %s", info.short_src, info.currentline, message)
+    end
+    level = level + 1
+  end
+end
+
+local OPERATION = {} -- what await() yields first, so that it differs from the script's own yields
+
+-- Suspends the running handler until Python has finished OPERATION. Returns its results; an
+-- operation that failed in a way that a script must not ignore raises.
+local function await(operation)
+  local function results(ok, ...)
+    if not ok then
+      error((...), 3)
+    end
+    return ...
+  end
+  return results(yield(OPERATION, operation))
+end
+
+-- The states that a slice ends in; script.py knows the numbers.
+local DONE, PARKED, WAITING = 0, 1, 2
+
+local function slice(co, ...)
+  cpu_end = clock() + cpu_limit
+  sethook(check, "", INSTRUCTIONS)
+  local _, marker, operation = resume(co, ...)
+  sethook()
+  if status(co) == "dead" then
+    return DONE
+  elseif marker == OPERATION then
+    return WAITING, co, operation
+  end
+  return PARKED
+end
+
+-- Runs HANDLER(OBJECT) up to its end or its first yield. SUBJECT is handed to failed(); CLOSE is
+-- called with the object when the handler has ended, however that came about.
+local function start(handler, subject, object, close)
+  return slice(create(function()
+    local ok, message = xpcall(handler, locate, object)
+    if close then
+      close(object)
+    end
+    if not ok then
+      failed(subject, message)
+      error(message, 0) -- for whoever resumed it, if that was not us
+    end
+  end))
+end
+
+local function compile(code, name)
+  return loadstring(code, "@" .. name)
+end
+
+local function global(name)
+  local value = rawget(globals, name)
+  return value, type(value)
+end
+
+return start, slice, await, compile, global

@@ -1,0 +1,276 @@
+"""The Lua runtime: loading the script, running its functions as coroutines, ending them.
+
+Owns the interpreter and the limits on handlers. Which objects and functions a script finds is the
+business of ``bindings``; what a release is, of the reaper. LuaJIT is asked for by name, because
+``import lupa`` may give another Lua.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import sys
+import sysconfig
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from spawn_reaper.bindings.cgroup import CgroupBinding, Subject
+from spawn_reaper.report import one_line, printable
+from spawn_reaper.settings import Handlers
+
+_log = logging.getLogger(__name__)
+
+_RUNTIMES: Final = ("lupa.luajit21", "lupa.lua")  # PyPI's lupa; Debian's, built against LuaJIT
+_MULTIARCH: Final = sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu"
+
+# Where Debian's LuaJIT looks, whichever build of it we run in.
+_PATH: Final = (
+    "./?.lua;/usr/share/luajit-2.1/?.lua;/usr/local/share/lua/5.1/?.lua;"
+    "/usr/local/share/lua/5.1/?/init.lua;/usr/share/lua/5.1/?.lua;/usr/share/lua/5.1/?/init.lua"
+)
+_CPATH: Final = (
+    f"./?.so;/usr/local/lib/lua/5.1/?.so;/usr/lib/{_MULTIARCH}/lua/5.1/?.so;"
+    "/usr/local/lib/lua/5.1/loadall.so"
+)
+
+# What a slice of a coroutine returns (script.lua): DONE or PARKED, or else a tuple whose further
+# elements are the coroutine and the operation that it waits for.
+_NOT_WAITING: Final = (0, 1)
+
+
+class ScriptError(Exception):
+    """The script cannot be used; the message names file and line."""
+
+
+class _Handler:
+    """A coroutine of the script that waits for an operation of ours."""
+
+    __slots__ = ("coroutine", "ended", "expired", "object", "operation", "subject", "timer")
+
+    def __init__(self, subject: Subject | None, lua_object: Any, ended: Callable[[], None]) -> None:
+        self.subject = subject
+        self.object = lua_object
+        self.ended = ended
+        self.coroutine: Any = None
+        self.operation: asyncio.Future[Any] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.expired = False
+
+
+class Script:
+    """A Lua interpreter with (after load()) the administrator's script in it."""
+
+    def __init__(self, limits: Handlers, root: bytes) -> None:
+        """Make the interpreter; ROOT is the path of the cgroup root directory."""
+        self._limits = limits
+        self._lua = _new_runtime()
+        load = self._lua.eval(b"loadstring")
+        code = Path(__file__).with_name("script.lua").read_bytes()
+        self._start, self._slice, self._await, self._compile, self._global = load(
+            code, b"=script.lua"
+        )(limits.cpu, limits.memory * 1e6, self._failed)
+        self._cgroups = CgroupBinding(load, root)
+        self._close = self._cgroups.close
+        self._cgroup_released: Any = None
+        self._load_error: str | None = None
+        self._running: set[_Handler] = set()
+        self._queue: deque[Subject] = deque()
+        self._reloading = False
+        self._reload_again = False
+
+    def bind(self, name: str, operation: Callable[..., Awaitable[Any]]) -> None:
+        """Give the script a global function NAME that suspends its caller while OPERATION runs.
+
+        The function returns what OPERATION returns, and raises with the text of its exception.
+        """
+        wrap = self._lua.eval(
+            b"function(await, operation) return function(...) return await(operation(...)) end end"
+        )
+        self._lua.globals()[name.encode()] = wrap(self._await, operation)
+
+    # The script as a whole
+
+    async def load(self, path: Path) -> None:
+        """Run the script at PATH; ScriptError says with file and line why it cannot be used."""
+        try:
+            code = path.read_bytes()
+        except OSError as error:
+            raise ScriptError(f"{path}: {error.strerror}") from None
+        chunk = self._compile(code, os.fsencode(path))
+        if isinstance(chunk, tuple):
+            raise ScriptError(one_line(chunk[1]))
+        ended = asyncio.get_running_loop().create_future()
+        self._run(chunk, _Handler(None, None, lambda: ended.set_result(None)))
+        await ended
+        if self._load_error is not None:
+            raise ScriptError(self._load_error)
+        function, kind = self._global(b"cgroup_released")
+        if kind not in (b"function", b"nil"):
+            raise ScriptError(f"{path}: cgroup_released is a {kind.decode()}, not a function")
+        self._cgroup_released = function
+
+    @property
+    def handles_releases(self) -> bool:
+        """Whether the script defined ``cgroup_released``."""
+        return self._cgroup_released is not None
+
+    def reload(self) -> None:
+        """Call the script's ``reload``; once more afterwards if it is running now."""
+        function, kind = self._global(b"reload")
+        if kind != b"function":
+            return
+        if self._reloading:
+            self._reload_again = True
+            return
+        self._reloading = True
+        self._run(function, _Handler(None, None, self._reloaded))
+
+    def _reloaded(self) -> None:
+        self._reloading = False
+        if self._reload_again:
+            self._reload_again = False
+            asyncio.get_running_loop().call_soon(self.reload)
+
+    async def finish(self, seconds: float) -> int:
+        """Let handlers finish for so long at most; return how many releases were not handled."""
+        end = asyncio.get_running_loop().time() + seconds
+        while (self._running or self._queue) and asyncio.get_running_loop().time() < end:
+            waiting = [handler.operation for handler in self._running if handler.operation]
+            timeout = max(0.0, end - asyncio.get_running_loop().time())
+            await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.sleep(0)  # let the callbacks of what was completed run
+        left = len(self._running) + len(self._queue)
+        self._queue.clear()
+        for handler in list(self._running):
+            self._expire(handler)
+        return left
+
+    # Handlers
+
+    def released(self, subject: Subject) -> None:
+        """Call ``cgroup_released``, now if fewer handlers run than may, else in its turn."""
+        if self._queue or len(self._running) >= self._limits.running:
+            self._queue.append(subject)
+        else:
+            self._handle(subject)
+
+    def _handle(self, subject: Subject) -> None:
+        lua_object = self._cgroups.new(subject)
+        result = self._start(self._cgroup_released, subject, lua_object, self._close)
+        if result not in _NOT_WAITING:
+            handler = _Handler(subject, lua_object, self._handle_next)
+            self._suspend(handler, result)
+
+    def _handle_next(self) -> None:
+        while self._queue and len(self._running) < self._limits.running:
+            self._handle(self._queue.popleft())
+
+    def _run(self, function: Any, handler: _Handler) -> None:
+        """Run a function of the script that is not about a release."""
+        result = self._start(function, None)
+        if result in _NOT_WAITING:
+            handler.ended()
+        else:
+            self._suspend(handler, result)
+
+    def _suspend(self, handler: _Handler, waiting: tuple[int, Any, Awaitable[Any]]) -> None:
+        """Take a handler that waits for an operation; its time runs from the first one on."""
+        _, handler.coroutine, operation = waiting
+        handler.operation = asyncio.ensure_future(operation)
+        if handler.expired:
+            self._abandon(handler)
+            return
+        if handler.timer is None:
+            loop = asyncio.get_running_loop()
+            handler.timer = loop.call_later(self._limits.time, self._expire, handler)
+            self._running.add(handler)
+        handler.operation.add_done_callback(lambda _: self._resume(handler))
+
+    def _resume(self, handler: _Handler) -> None:
+        operation = handler.operation
+        assert operation is not None
+        if operation.cancelled():
+            result = self._slice(
+                handler.coroutine, False, b"ran longer than %g s" % self._limits.time
+            )
+        elif error := operation.exception():
+            result = self._slice(handler.coroutine, False, str(error).encode())
+        else:
+            result = self._slice(handler.coroutine, True, operation.result())
+        if result in _NOT_WAITING:
+            self._end(handler)
+        else:
+            self._suspend(handler, result)
+
+    def _expire(self, handler: _Handler) -> None:
+        handler.expired = True
+        if handler.operation is not None:
+            handler.operation.cancel()
+
+    def _abandon(self, handler: _Handler) -> None:
+        """End a handler that caught the error for its time and went on waiting."""
+        assert handler.operation is not None
+        handler.operation.cancel()
+        self._failed(handler.subject, b"went on after its time was over")
+        if handler.object is not None:
+            self._close(handler.object)
+        self._end(handler)
+
+    def _end(self, handler: _Handler) -> None:
+        if handler.timer is not None:
+            handler.timer.cancel()
+        self._running.discard(handler)
+        handler.ended()
+
+    def _failed(self, subject: Subject | None, message: bytes) -> None:
+        """Report an error of the script; called by Lua where it happened."""
+        text = one_line(message)
+        if subject is not None:
+            _log.error("%s: %s", printable(subject.release.path).decode(), text)
+        elif self._cgroup_released is None and not self._reloading:
+            self._load_error = text
+        else:
+            _log.error("%s", text)
+
+
+def _new_runtime() -> Any:
+    """Return a LuaJIT interpreter that has no way into Python."""
+    for name in _RUNTIMES:
+        try:
+            with _global_symbols():
+                module = importlib.import_module(name)
+        except ImportError:
+            continue
+        runtime = module.LuaRuntime(
+            encoding=None,
+            unpack_returned_tuples=True,
+            register_eval=False,
+            register_builtins=False,
+            attribute_filter=_no_attributes,
+        )
+        if runtime.eval(b"jit") is None:
+            continue
+        package = runtime.globals()[b"package"]
+        package[b"path"], package[b"cpath"] = _PATH.encode(), _CPATH.encode()
+        return runtime
+    raise ScriptError(f"no LuaJIT found; none of {', '.join(_RUNTIMES)} can be imported")
+
+
+@contextmanager
+def _global_symbols() -> Iterator[None]:
+    """Load libraries so that C modules of Lua find the interpreter's symbols."""
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
+    try:
+        yield
+    finally:
+        sys.setdlopenflags(flags)
+
+
+def _no_attributes(_object: object, _name: object, _is_setting: bool) -> str:
+    raise AttributeError("not for scripts")

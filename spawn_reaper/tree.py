@@ -1,0 +1,441 @@
+"""The live cgroups below the managed scopes, as inotify shows them.
+
+Owns the inotify descriptor, the watches and the tree of Cgroup objects. Says when a cgroup should
+be looked at, when one vanished and when a whole scope ran empty; what to do about it is left to
+the listener. No descriptor is kept per cgroup.
+
+What the kernel does, and what follows from it:
+
+- A name is not an identity: it may be deleted and made again before its events are read. Every
+  event therefore means "look at that name again", and the inode tells one cgroup from the next.
+- Watches come first, children second, ``populated`` third: whatever happens after the watch was
+  placed is notified, whatever happened before is seen by looking.
+- Nothing tells a watch that its cgroup was removed; watches are removed explicitly.
+- A watch on ``cgroup.events`` pins that file's inode and is reliable; one on the directory alone
+  would miss its changes.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final, Protocol
+
+from spawn_common import linux
+from spawn_reaper.report import printable
+from spawn_reaper.usage import NO_COUNTERS, Counters, read_file
+
+_log = logging.getLogger(__name__)
+
+_DIRECTORY_EVENTS: Final = (
+    linux.IN_CREATE | linux.IN_DELETE | linux.IN_ONLYDIR | linux.IN_DONT_FOLLOW
+)
+_NOT_WATCHED: Final = -1
+_READ_SIZE: Final = 65536  # below malloc's mmap threshold: a bigger buffer is faulted in each time
+_LONGEST_PATH: Final = 3072  # the kernel refuses 4096; leaves room for a file name
+OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Cgroup:
+    """One cgroup that lives below a scope, or (with ``parent`` None) the scope's own directory."""
+
+    __slots__ = (
+        "accounted",
+        "born",
+        "children",
+        "directory_watch",
+        "due",
+        "events_watch",
+        "gone",
+        "inode",
+        "name",
+        "parent",
+        "reported",
+        "scope",
+        "seen",
+        "used",
+    )
+
+    def __init__(
+        self, scope: Scope, parent: Cgroup | None, name: bytes, inode: int, born: float | None
+    ) -> None:
+        self.scope = scope
+        self.parent = parent
+        self.name = name
+        self.inode = inode
+        self.children: dict[bytes, Cgroup] | None = None
+        self.directory_watch = _NOT_WATCHED
+        self.events_watch = _NOT_WATCHED
+        self.born = born  # seconds since the epoch, None when it was there before us
+        self.seen = time.monotonic()  # when it was first seen, or if known, born
+        self.used = False  # something has run in it since it was made or last reported
+        self.gone = False
+        # The reaper's notes
+        self.due: float | None = None  # monotonic time of the next look
+        self.accounted: Counters = NO_COUNTERS  # what was recorded for it and below it
+        self.reported = False
+
+    def path(self) -> bytes:
+        """Return the path relative to the scope's directory."""
+        names = []
+        cgroup = self
+        while cgroup.parent is not None:
+            names.append(cgroup.name)
+            cgroup = cgroup.parent
+        names.reverse()
+        return b"/".join(names)
+
+    def descendants(self) -> Iterator[Cgroup]:
+        """Yield everything below, parents before their children."""
+        pending = list(self.children.values()) if self.children else []
+        while pending:
+            cgroup = pending.pop()
+            yield cgroup
+            if cgroup.children:
+                pending.extend(cgroup.children.values())
+
+
+class Scope:
+    """A managed directory: everything below it is ours to delete, itself never."""
+
+    def __init__(self, path: bytes, fd: int) -> None:
+        self.path = path  # as in /proc/self/cgroup
+        self.fd = fd
+        status = os.fstat(fd)
+        self.root = Cgroup(self, None, b"", status.st_ino, None)
+
+
+class Listener(Protocol):
+    """What the tree tells; called while events are handled, so it must not block."""
+
+    def touched(self, cgroup: Cgroup) -> None:
+        """Something about the cgroup may have changed."""
+
+    def vanished(self, cgroup: Cgroup) -> None:
+        """Somebody else deleted the cgroup."""
+
+    def emptied(self, scope: Scope) -> None:
+        """No process is left anywhere in the scope."""
+
+
+@contextmanager
+def located(scope: Scope, path: bytes) -> Iterator[tuple[int, bytes]]:
+    """Give a directory descriptor and a path relative to it that the kernel accepts.
+
+    The kernel refuses paths of 4096 bytes, yet a customer can nest cgroups deeper than that.
+    """
+    fd = scope.fd
+    while len(path) > _LONGEST_PATH:
+        cut = path.rindex(b"/", 0, _LONGEST_PATH)
+        try:
+            inner = os.open(path[:cut], os.O_PATH | OPEN_DIRECTORY, dir_fd=fd)
+        finally:
+            if fd != scope.fd:
+                os.close(fd)
+        fd, path = inner, path[cut + 1 :]
+    try:
+        yield fd, path
+    finally:
+        if fd != scope.fd:
+            os.close(fd)
+
+
+class Tree:
+    """All managed scopes and what lives in them."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.fd = linux.inotify_init()
+        self.scopes: dict[bytes, Scope] = {}
+        self.unwatched: set[Cgroup] = set()
+        self._listener = listener
+        self._watches: dict[int, Cgroup] = {}
+        self._home = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.exhausted = False  # fs.inotify.max_user_watches was reached since the last poll
+        self._probe_birth_time = True
+
+    def close(self) -> None:
+        """Give back all descriptors; the kernel removes the watches with them."""
+        for scope in self.scopes.values():
+            os.close(scope.fd)
+        self.scopes.clear()
+        self._watches.clear()
+        os.close(self._home)
+        os.close(self.fd)
+
+    def __len__(self) -> int:
+        """How many cgroups are known, scopes not counted; walks the tree."""
+        return sum(1 for scope in self.scopes.values() for _ in scope.root.descendants())
+
+    # Scopes
+
+    def adopt(self, path: bytes, fd: int) -> Scope:
+        """Manage the scope at PATH, whose directory is open as FD (which is ours from now on)."""
+        scope = Scope(path, fd)
+        self.scopes[path] = scope
+        with self._working_directory():
+            os.fchdir(fd)
+            self._watch(scope.root, b".")
+            self._compare(scope.root)
+        return scope
+
+    def drop(self, scope: Scope) -> None:
+        """Manage SCOPE no longer: it was deleted."""
+        del self.scopes[scope.path]
+        self.lost(scope.root)
+        os.close(scope.fd)
+
+    # Events
+
+    def handle_events(self) -> int:
+        """Read and handle what the kernel has queued; return how many bytes that was.
+
+        Handles at most one buffer, so that a flood of events does not keep the caller from its
+        other work.
+        """
+        try:
+            data = os.read(self.fd, _READ_SIZE)
+        except BlockingIOError:
+            return 0
+        overflow = False
+        watches, touched = self._watches, self._listener.touched
+        now = time.time()
+        with self._working_directory():
+            for watch, mask, name in linux.parse_inotify_events(data):
+                cgroup = watches.get(watch)
+                if cgroup is None:
+                    overflow = overflow or bool(mask & linux.IN_Q_OVERFLOW)
+                elif mask & linux.IN_MODIFY:
+                    if cgroup.parent is None:
+                        self._scope_changed(cgroup.scope)
+                    else:
+                        cgroup.used = True
+                        touched(cgroup)
+                elif mask & linux.IN_CREATE:
+                    self._appeared(cgroup, name, now)
+                elif mask & linux.IN_DELETE:
+                    self._disappeared(cgroup, name)
+            if overflow:
+                _log.warning("the inotify queue overflowed, scanning all scopes again")
+                self._scan()
+        return len(data)
+
+    def look_at(self, parent: Cgroup, name: bytes) -> None:
+        """Find out what NAME below PARENT is now."""
+        with self._working_directory():
+            self._appeared(parent, name, None)
+
+    def look_below(self, cgroup: Cgroup) -> None:
+        """Find children that no event told of."""
+        with self._working_directory():
+            self._compare(cgroup)
+
+    def poll(self) -> None:
+        """Look at everything that could not be watched, and try again to watch it."""
+        self.exhausted = False
+        with self._working_directory():
+            for cgroup in list(self.unwatched):
+                if cgroup.gone:
+                    continue
+                if cgroup.parent is not None:
+                    self._place(cgroup.parent, cgroup.name, cgroup.born)
+                else:
+                    os.fchdir(cgroup.scope.fd)
+                    self._watch(cgroup, b".")
+                    self._scope_changed(cgroup.scope)
+                if not cgroup.gone:
+                    self._compare(cgroup)
+
+    def forget(self, cgroup: Cgroup) -> None:
+        """Remove a cgroup that no longer exists; its parent may be due now."""
+        cgroup.gone = True
+        self._unwatch(cgroup)
+        parent = cgroup.parent
+        if parent is not None and parent.children and parent.children.get(cgroup.name) is cgroup:
+            del parent.children[cgroup.name]
+            if not parent.children:
+                parent.children = None
+                # Removing the last child notifies nothing in the parent.
+                if parent.parent is not None and not parent.gone:
+                    self._listener.touched(parent)
+
+    def lost(self, cgroup: Cgroup) -> None:
+        """Remove a cgroup that somebody else deleted, with all that was below it."""
+        for member in [*reversed(list(cgroup.descendants())), cgroup]:
+            member.gone = True
+            self.forget(member)
+            if member.parent is not None:
+                self._listener.vanished(member)
+
+    # Inside; the working directory is changed by all of these
+
+    @contextmanager
+    def _working_directory(self) -> Iterator[None]:
+        """Come back from the directories that inotify_add_watch forces us into.
+
+        It has no dirfd, and from the root of the file system it would walk seven components for
+        each watch.
+        """
+        try:
+            yield
+        finally:
+            os.fchdir(self._home)
+
+    def _scope_changed(self, scope: Scope) -> None:
+        with suppress(OSError):  # a scope that is gone is the finder's business
+            if read_file(scope.fd, b"cgroup.events").startswith(b"populated 0"):
+                self._listener.emptied(scope)
+
+    def _appeared(self, parent: Cgroup, name: bytes, born: float | None) -> None:
+        pending = [(parent, name)]
+        while pending:
+            parent, name = pending.pop()
+            if found := self._place(parent, name, born):
+                # A subdirectory is a child that was made before the watch was in place.
+                pending.extend((found, child) for child in self._list(found))
+
+    def _place(self, parent: Cgroup, name: bytes, born: float | None) -> Cgroup | None:
+        """Watch NAME below PARENT, and return its cgroup if it has children to be looked at."""
+        path = name if parent.parent is None else parent.path() + b"/" + name
+        known = parent.children.get(name) if parent.children else None
+        cgroup = Cgroup(parent.scope, parent, name, 0, born)
+        try:
+            with located(parent.scope, path) as (fd, short):
+                os.fchdir(fd)
+                self._watch(cgroup, short)
+                status = os.stat(short, follow_symlinks=False)
+                if born is None and self._probe_birth_time:
+                    self._set_birth_time(cgroup, fd, short)
+        except OSError as error:
+            self._unwatch(cgroup)
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                _log.error("%s: %s", _display(parent.scope, path), error.strerror)
+            elif known is not None:
+                self.lost(known)
+            return None
+        cgroup.inode = status.st_ino
+        if known is not None and known.inode == cgroup.inode:
+            self._take_watches(known, cgroup)
+            cgroup = known
+        else:
+            if known is not None:
+                self.lost(known)
+            if parent.children is None:
+                parent.children = {}
+            parent.children[name] = cgroup
+        self._listener.touched(cgroup)
+        return cgroup if status.st_nlink > 2 else None
+
+    def _set_birth_time(self, cgroup: Cgroup, fd: int, path: bytes) -> None:
+        """Ask for the birth time until the kernel has shown that it knows none for cgroups."""
+        cgroup.born = linux.birth_time(fd, path)
+        if cgroup.born is None:
+            self._probe_birth_time = False
+        else:
+            cgroup.seen -= max(0.0, time.time() - cgroup.born)
+
+    def _disappeared(self, parent: Cgroup, name: bytes) -> None:
+        known = parent.children.get(name) if parent.children else None
+        if known is None:  # deleted by ourselves, or before we knew it; then it kept its parent
+            if parent.parent is not None:
+                self._listener.touched(parent)
+            return
+        try:
+            with located(parent.scope, known.path()) as (fd, path):
+                inode = os.stat(path, dir_fd=fd, follow_symlinks=False).st_ino
+        except OSError:
+            inode = 0
+        if inode != known.inode:
+            self.lost(known)
+
+    def _scan(self) -> None:
+        for scope in list(self.scopes.values()):
+            self._compare(scope.root)
+
+    def _compare(self, top: Cgroup) -> None:
+        """Bring everything below TOP in line with what the kernel has, and look at all of it."""
+        pending = [top]
+        while pending:
+            cgroup = pending.pop()
+            found = self._list(cgroup)
+            known = cgroup.children or {}
+            for name, child in list(known.items()):
+                if found.get(name) == child.inode:
+                    self._listener.touched(child)
+                    pending.append(child)
+                else:
+                    self.lost(child)
+            for name in found:
+                if not cgroup.children or name not in cgroup.children:
+                    self._appeared(cgroup, name, None)
+
+    def _list(self, cgroup: Cgroup) -> dict[bytes, int]:
+        """Return the inodes of the cgroups directly below, by name."""
+        try:
+            with located(cgroup.scope, cgroup.path()) as (fd, path):
+                # Each subdirectory counts as a link: nearly every cgroup has none.
+                if path and os.stat(path, dir_fd=fd, follow_symlinks=False).st_nlink <= 2:
+                    return {}
+                directory = os.open(path or b".", OPEN_DIRECTORY, dir_fd=fd)
+        except OSError:
+            return {}  # deleted meanwhile, or not ours to read
+        try:
+            with os.scandir(directory) as entries:
+                return {
+                    os.fsencode(entry.name): entry.inode()
+                    for entry in entries
+                    if entry.is_dir(follow_symlinks=False)
+                }
+        finally:
+            os.close(directory)
+
+    # Watches
+
+    def _watch(self, cgroup: Cgroup, path: bytes) -> None:
+        """Place both watches; what the kernel has no room for goes to the unwatched."""
+        try:
+            watch = linux.inotify_add_watch(self.fd, path, _DIRECTORY_EVENTS)
+            self._watches[watch] = cgroup
+            cgroup.directory_watch = watch
+            watch = linux.inotify_add_watch(self.fd, path + b"/cgroup.events", linux.IN_MODIFY)
+            self._watches[watch] = cgroup
+            cgroup.events_watch = watch
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EACCES, errno.EPERM):
+                raise
+            self.unwatched.add(cgroup)
+            if error.errno == errno.ENOSPC:
+                self.exhausted = True
+
+    def _unwatch(self, cgroup: Cgroup) -> None:
+        for watch in (cgroup.directory_watch, cgroup.events_watch):
+            if watch != _NOT_WATCHED and self._watches.get(watch) is cgroup:
+                del self._watches[watch]
+                with suppress(OSError):  # the kernel may have removed it with the file system
+                    linux.inotify_rm_watch(self.fd, watch)
+        cgroup.directory_watch = cgroup.events_watch = _NOT_WATCHED
+        self.unwatched.discard(cgroup)
+
+    def _take_watches(self, cgroup: Cgroup, other: Cgroup) -> None:
+        """Give CGROUP the watches that were placed for OTHER, which proved to be the same."""
+        old = {cgroup.directory_watch, cgroup.events_watch}
+        new = {other.directory_watch, other.events_watch}
+        for watch in old - new - {_NOT_WATCHED}:
+            if self._watches.pop(watch, None) is not None:
+                with suppress(OSError):
+                    linux.inotify_rm_watch(self.fd, watch)
+        for watch in new - {_NOT_WATCHED}:
+            self._watches[watch] = cgroup
+        cgroup.directory_watch, cgroup.events_watch = other.directory_watch, other.events_watch
+        self.unwatched.discard(other)
+        if _NOT_WATCHED in new:
+            self.unwatched.add(cgroup)
+        else:
+            self.unwatched.discard(cgroup)
+
+
+def _display(scope: Scope, path: bytes) -> str:
+    return printable(scope.path + b"/" + path).decode()
