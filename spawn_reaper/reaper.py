@@ -15,7 +15,8 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -25,7 +26,7 @@ from spawn_reaper.bindings.cgroup import Subject
 from spawn_reaper.report import printable, release_line
 from spawn_reaper.scopes import ScopeFinder
 from spawn_reaper.tree import OPEN_DIRECTORY, Cgroup, Scope, Tree, located
-from spawn_reaper.usage import read_file
+from spawn_reaper.usage import CPU_STAT, read_file
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ _log = logging.getLogger(__name__)
 _PAUSE: Final = 0.005
 _POLL: Final = 2.0  # seconds between looks at what cannot be watched
 _CHUNK: Final = 64  # cgroups whose descriptors are open at the same time
+_FLUSH: Final = 8  # cgroups in a batch for which flushing the scope's statistics is worth it
 _BATCH: Final = 1024  # cgroups after which events are read again
 _FULL: Final = 32768  # bytes of events that say that there are more
 _RETRY: Final = 60.0  # seconds until a refused deletion is tried again
@@ -232,11 +234,14 @@ class Reaper:
             members = list(scope.root.descendants())
             self._settle_batch([c for c in members if c.used or c.due != _UNCLAIMED])
 
-    def _settle_batch(self, cgroups: Iterable[Cgroup]) -> None:
+    def _settle_batch(self, cgroups: list[Cgroup]) -> None:
         """Release what can be released, children before their parents."""
         if self._stopped:
             return
         self._accounts.begin_batch()
+        if len(cgroups) >= _FLUSH:
+            for scope in {cgroup.scope for cgroup in cgroups}:
+                _flush_statistics(scope)
         levels: dict[int, list[Cgroup]] = {}
         for cgroup in cgroups:
             levels.setdefault(_depth(cgroup), []).append(cgroup)
@@ -396,6 +401,16 @@ def _depth(cgroup: Cgroup) -> int:
         cgroup = cgroup.parent
         depth += 1
     return depth
+
+
+def _flush_statistics(scope: Scope) -> None:
+    """Let the kernel add up the statistics of the whole scope at once.
+
+    Reading a cgroup's cpu.stat takes it off its parent's list of cgroups with pending updates,
+    which is singly linked: one by one, that walks the list for each (kernel/cgroup/rstat.c).
+    """
+    with suppress(OSError):  # a scope that is gone is the finder's business
+        read_file(scope.fd, CPU_STAT)
 
 
 def _display(cgroup: Cgroup) -> str:

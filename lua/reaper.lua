@@ -1,0 +1,2 @@
+function cgroup_released(cgroup)
+end
