@@ -1,0 +1,1 @@
+"""Tests of the suite; the helpers below ``tools`` also serve the benchmarks."""
