@@ -82,13 +82,16 @@ class Service:
         self._reload = reload
         self._status = status
         self._stop = asyncio.Event()
+        self._terminated = False
         self._ready = False
         self._reload_wanted = False
         self._loop = asyncio.get_running_loop()
         self._notify = _notifier()
+        # Not the loop's own handlers: they queue each signal in a pipe, and a storm of one kind
+        # that fills it would swallow the others.
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._stop.set)
-        self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+            signal.signal(number, self._terminate)
+        signal.signal(signal.SIGHUP, self._hang_up)
 
     def ready(self) -> None:
         """Tell that the start is complete, and begin to feed the watchdog."""
@@ -98,17 +101,26 @@ class Service:
         if interval:
             self._feed_watchdog(interval / 2)
         if self._reload_wanted:
-            self._hang_up()
+            self._loop.call_soon(self._reload_now)
 
     async def stopped(self) -> None:
         """Wait until the daemon shall end."""
         await self._stop.wait()
         self._notify(stopping=1, status="stopping")
 
-    def _hang_up(self) -> None:
-        if not self._ready:
-            self._reload_wanted = True
-            return
+    def _terminate(self, *_: object) -> None:
+        if not self._terminated:
+            self._terminated = True
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    def _hang_up(self, *_: object) -> None:
+        """Reload soon, once for all hang-ups that have come until then."""
+        if self._ready and not self._reload_wanted:
+            self._loop.call_soon_threadsafe(self._reload_now)
+        self._reload_wanted = True
+
+    def _reload_now(self) -> None:
+        self._reload_wanted = False
         self._notify(reloading=1, monotonic_usec=time.monotonic_ns() // 1000)
         self._reload()
         self._notify(ready=1, status=self._status())

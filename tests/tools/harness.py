@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -116,7 +117,8 @@ class Reaper:
         self._errors = directory / "stderr"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(b"\0" + os.urandom(8).hex().encode())
-        self._socket.settimeout(DEADLINE)
+        self._notifications: list[str] = []
+        threading.Thread(target=self._listen, daemon=True).start()
         notify = "@" + os.fsdecode(self._socket.getsockname()[1:])
         environment = os.environ | {
             "NOTIFY_SOCKET": notify,
@@ -139,13 +141,21 @@ class Reaper:
         self.wait_notification("READY=1")
         return self
 
-    def wait_notification(self, line: str) -> None:
-        """Read notifications up to one that holds LINE."""
-        try:
-            while line not in self._socket.recv(4096).decode().splitlines():
-                pass
-        except TimeoutError:
-            raise AssertionError(f"no {line}; the reaper wrote: {self.errors()}") from None
+    def wait_notification(self, line: str, count: int = 1) -> None:
+        """Return when LINE has been notified COUNT times in all."""
+
+        def notified() -> bool:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the reaper ended; it wrote: {self.errors()}")
+            return self._notifications.count(line) >= count
+
+        wait_for(line, notified)
+
+    def _listen(self) -> None:
+        """Read all notifications, as a service manager does: the sender waits for that."""
+        with suppress(OSError):
+            while data := self._socket.recv(4096):
+                self._notifications += data.decode().splitlines()
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -161,6 +171,8 @@ class Reaper:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        with suppress(OSError):  # closed already
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def releases(self) -> list[Release]:
@@ -230,9 +242,7 @@ class Host:
         self._reapers.append(reaper)
         return reaper
 
-    def reaper(
-        self, *scopes: Cgroup, script: str | Path = RECORD, settings: str = ""
-    ) -> Reaper:
+    def reaper(self, *scopes: Cgroup, script: str | Path = RECORD, settings: str = "") -> Reaper:
         """Start a reaper and wait until it is ready."""
         return self.start_reaper(*scopes, script=script, settings=settings).wait_ready()
 

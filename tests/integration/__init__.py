@@ -1,0 +1,1 @@
+"""Promises kept on the real kernel: root and a cgroup v2 hierarchy are needed."""

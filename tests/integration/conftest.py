@@ -1,0 +1,47 @@
+"""Gives each test a place of its own in the real cgroup hierarchy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from spawn_common import linux
+from tests.tools.harness import Cgroup, Host
+from tests.tools.harness import host as make_host
+
+
+@pytest.fixture(scope="session", autouse=True)
+def usable_kernel() -> None:
+    """Without root and cgroup v2 nothing here can be tested; in CI that is a failure."""
+    problem = None
+    if os.geteuid() != 0:
+        problem = "the integration tests need root"
+    elif linux.find_cgroup2_mount() is None:
+        problem = "the integration tests need a cgroup v2 hierarchy"
+    if problem:
+        if os.environ.get("CI") == "true":
+            pytest.fail(problem)
+        pytest.skip(problem)
+
+
+@pytest.fixture
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    """A place for scopes and reapers, cleaned up afterwards; its files are for all to read."""
+    with TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        with make_host(Path(directory), request.node.name[:60]) as place:
+            yield place
+
+
+@pytest.fixture
+def scope(host: Host) -> Iterator[Cgroup]:
+    """A scope that a process lives in, as a spawner does, so that the grace time applies."""
+    scope = host.scope()
+    spawner = scope.make("_").start()
+    yield scope
+    spawner.kill()
+    spawner.wait()

@@ -1,0 +1,427 @@
+"""When a cgroup is released, when it is not, and what happens when something is in the way."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.tools.harness import RECORD, Cgroup, Host, Reaper, Release, wait_for
+
+# Prepended to handlers that play the part of somebody else, at the worst moment: their first
+# slice runs after the record was made and before the deletion.
+ACT = f"""
+dofile("{RECORD}")
+local record = cgroup_released
+local root = "ROOT"
+local acted = {{}}
+local function act(cgroup, command)
+  if not acted[cgroup.path] then
+    acted[cgroup.path] = true
+    assert(os.execute(command:gsub("CGROUP", root .. cgroup.path)) == 0)
+  end
+end
+"""
+
+
+def acting(host: Host, body: str) -> str:
+    """Return a script that records releases and calls BODY with `cgroup` before."""
+    function = f"function cgroup_released(cgroup)\n{body}\nrecord(cgroup)\nend\n"
+    return ACT.replace("ROOT", str(host.root)) + function
+
+
+def released(reaper: Reaper, cgroup: Cgroup) -> list[Release]:
+    """Return the releases of one cgroup so far."""
+    suffix = os.fsencode(f"/{cgroup.directory.parent.name}/{cgroup.directory.name}")
+    return [release for release in reaper.releases() if release.path.endswith(suffix)]
+
+
+def has_released(reaper: Reaper, cgroup: Cgroup) -> bool:
+    """Whether the cgroup was released, just once so far."""
+    return len(released(reaper, cgroup)) == 1
+
+
+def complaints(reaper: Reaper) -> list[str]:
+    """Return what the daemon said besides releases and scopes."""
+    usual = re.compile(r"\S+:( (since|cpu)=.*)?|watching scope .*")
+    return [line for line in reaper.errors() if not usual.fullmatch(line)]
+
+
+# What is seen
+
+
+def test_cgroups_of_any_depth_are_released_children_before_parents(
+    host: Host, scope: Cgroup
+) -> None:
+    reaper = host.reaper(scope)
+    scope.make("a/b/c/d/e").run()
+    wait_for("all are gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    names = [release.path.rpartition(b"/test.scope/")[2] for release in reaper.releases()]
+    assert names == [b"a/b/c/d/e", b"a/b/c/d", b"a/b/c", b"a/b", b"a"]
+
+
+def test_a_tree_deeper_than_the_longest_path_is_released(host: Host, scope: Cgroup) -> None:
+    depth, name = 40, "x" * 200  # 8000 bytes; the kernel takes 4095 in one call
+    reaper = host.reaper(scope)
+    home = os.open(".", os.O_RDONLY)
+    try:
+        os.chdir(scope.directory)
+        for _ in range(depth):
+            os.mkdir(name)
+            os.chdir(name)
+        subprocess.run(["sh", "-c", "echo 0 > cgroup.procs"], check=True)
+    finally:
+        os.fchdir(home)
+        os.close(home)
+    wait_for("all are gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    assert len(reaper.releases()) == depth
+
+
+def test_what_ran_empty_before_the_start_is_released(host: Host, scope: Cgroup) -> None:
+    for number in range(20):
+        scope.make(f"{number}/session").run()
+    reaper = host.reaper(scope)
+    wait_for("all are gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    assert len(reaper.releases()) == 40
+
+
+def test_a_cgroup_without_any_process_yet_is_kept_for_its_spawner(
+    host: Host, scope: Cgroup
+) -> None:
+    reaper = host.reaper(scope, settings="unclaimed = 1.5")
+    start = time.monotonic()
+    fresh = scope.make("fresh")
+    scope.make("used").run()
+    wait_for("the other one is gone", lambda: scope.children() == ["_", "fresh"])
+    wait_for("it is given up", lambda: not fresh.exists())
+    assert time.monotonic() - start >= 1.5
+    assert len(released(reaper, fresh)) == 1
+
+
+def test_a_frozen_cgroup_without_any_process_yet_is_kept_for_its_spawner(
+    host: Host, scope: Cgroup
+) -> None:
+    reaper = host.reaper(scope, settings="unclaimed = 1.5")
+    start = time.monotonic()
+    fresh = scope.make("fresh")
+    (fresh.directory / "cgroup.freeze").write_text("1")
+    wait_for("it is given up", lambda: not fresh.exists())
+    assert time.monotonic() - start >= 1.5
+    reaper.stop()
+
+
+def test_a_spawner_may_read_an_empty_cgroup_during_the_grace_time(
+    host: Host, scope: Cgroup
+) -> None:
+    reaper = host.reaper(scope, settings="grace = 0.7")
+    cgroup = scope.make("job")
+    cgroup.run()
+    end = time.monotonic()
+    wait_for("it is gone", lambda: not cgroup.exists())
+    assert time.monotonic() - end >= 0.6
+    reaper.stop()
+
+
+def test_a_scope_that_ran_empty_is_cleared_without_grace(host: Host) -> None:
+    scope = host.scope()
+    reaper = host.reaper(scope, settings="grace = 1000")
+    jobs = [scope.make(f"job-{number}/session").start() for number in range(5)]
+    wait_for("they run", lambda: all(scope.make(n).populated() for n in scope.children()))
+    for job in jobs:
+        job.kill()
+        job.wait()
+    wait_for("it is cleared", lambda: scope.children() == [])
+    reaper.stop()
+    assert len(reaper.releases()) == 10
+    assert scope.exists()
+
+
+# Scopes
+
+
+def test_scopes_may_appear_vanish_and_come_back(host: Host) -> None:
+    slice_ = Cgroup(host.base.directory / "outer.slice" / "inner.slice")
+    scope = Cgroup(slice_.directory / "test.scope")
+    reaper = host.reaper(scope)
+    for number in range(5):
+        job = scope.make(f"job-{number}")
+        job.run()
+        wait_for("it is released", partial(has_released, reaper, job))
+        wait_for("it is gone", lambda: scope.children() == [])
+        os.rmdir(scope.directory)
+        if number % 2:
+            os.rmdir(slice_.directory)
+            os.rmdir(slice_.directory.parent)
+    reaper.stop()
+
+
+def test_globs_choose_scopes_and_nothing_else(host: Host) -> None:
+    reaper = host.reaper(Cgroup(host.base.directory / "*-spawn.scope"))
+    inside = [host.scope(f"{name}-spawn.scope").make("job") for name in ("a", "b")]
+    outside = host.scope("other.scope").make("job")
+    for job in [*inside, outside]:
+        job.run()
+    wait_for("they are gone", lambda: not any(job.exists() for job in inside))
+    reaper.stop()
+    assert outside.exists()
+    assert len(reaper.releases()) == 2
+
+
+def test_a_scope_that_is_deleted_while_it_is_scanned_does_no_harm(host: Host) -> None:
+    scope = host.scope()
+    reaper = host.reaper(scope, settings="grace = 0\nunclaimed = 0.001")
+    for _ in range(30):
+        for number in range(30):
+            host.scope().make(f"{number}/session")
+        scope.remove()
+    last = host.scope().make("last")
+    last.run()
+    wait_for("it is released", partial(has_released, reaper, last))
+    reaper.stop()
+
+
+def test_watches_of_vanished_scopes_are_removed(host: Host) -> None:
+    scope = host.scope()
+    reaper = host.reaper(scope)
+    watches = reaper.watches()
+    for _ in range(5):
+        wait_for("the scope is watched", lambda: reaper.watches() == watches)
+        scope.make("kept/session")
+        wait_for("they are watched", lambda: reaper.watches() == watches + 4)
+        scope.remove()
+        wait_for("nothing is watched", lambda: reaper.watches() == watches - 2)
+        host.scope()
+    reaper.stop()
+
+
+# What is in the way
+
+
+def test_a_cgroup_that_was_refilled_lives_on_and_is_counted_once(host: Host, scope: Cgroup) -> None:
+    enter = "sh -c 'echo $$ > CGROUP/cgroup.procs; exec sleep 0.3' & sleep 0.1"
+    reaper = host.reaper(scope, script=acting(host, f'act(cgroup, "{enter}")'))
+    job = scope.make("job")
+    job.run("i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done")
+    wait_for("it is gone", lambda: not job.exists())
+    reaper.stop()
+    first, second = released(reaper, job)
+    assert not first.remainder
+    assert not second.remainder
+    assert first.id != second.id
+    assert second.total > first.total
+    assert first.own + second.own == pytest.approx(second.total, abs=1e-6)
+
+
+def test_what_is_used_between_record_and_deletion_is_recorded_too(
+    host: Host, scope: Cgroup
+) -> None:
+    burn = "sh -c 'echo $$ > CGROUP/cgroup.procs; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done'"
+    reaper = host.reaper(scope, script=acting(host, f'act(cgroup, "{burn}")'))
+    job = scope.make("name/session")
+    job.run()
+    wait_for("it is gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    counted = scope.cpu_seconds() - Cgroup(scope.directory / "_").cpu_seconds()
+    first, second = released(reaper, job)
+    assert (first.remainder, second.remainder) == (False, True)
+    assert second.own > 0
+    assert sum(r.own for r in reaper.releases()) == pytest.approx(counted, abs=5e-6)
+
+
+def test_a_cgroup_that_somebody_else_deletes_first_is_still_counted_once(
+    host: Host, scope: Cgroup
+) -> None:
+    reaper = host.reaper(scope, script=acting(host, 'act(cgroup, "rmdir CGROUP")'))
+    job = scope.make("job")
+    job.run()
+    wait_for("it is released", partial(has_released, reaper, job))
+    scope.make("other").run()
+    wait_for("all is gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    assert len(released(reaper, job)) == 1
+    assert complaints(reaper) == []
+
+
+def test_a_cgroup_that_is_gone_unread_gives_one_line(host: Host, scope: Cgroup) -> None:
+    reaper = host.reaper(scope, settings="grace = 2")
+    watches = reaper.watches()
+    job = scope.make("job")
+    job.run()
+    wait_for("it is watched", lambda: reaper.watches() == watches + 2)
+    os.rmdir(job.directory)
+    wait_for("it is missed", lambda: len(complaints(reaper)) == 1)
+    reaper.stop()
+    path = host.path_of(job)
+    assert complaints(reaper) == [
+        f"{path}: deleted by somebody else before it could be accounted for"
+    ]
+    assert reaper.releases() == []
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o2775], ids=["root's", "group-writable"])
+def test_without_privileges_only_group_writable_scopes_are_cleared(host: Host, mode: int) -> None:
+    user = "65432"
+    scope = host.scope()
+    os.chown(scope.directory, 0, int(user))
+    scope.directory.chmod(mode)
+    spawner = scope.make("_").start()
+    (host.directory / "reaper").mkdir(mode=0o777)
+    (host.directory / "reaper").chmod(0o777)
+    reaper = host.start_reaper(
+        scope,
+        wrapper=["setpriv", "--reuid", user, "--regid", user, "--clear-groups"],
+        script="function cgroup_released(cgroup) print(cgroup.path) end",
+    )
+    reaper.wait_ready()
+    job, other = scope.make("job"), scope.make("other")
+    job.run()
+    other.run()
+    wait_for("both are released", lambda: len(reaper.output()) == 2)
+    if mode == 0o2775:
+        wait_for("both are gone", lambda: scope.children() == ["_"])
+        assert complaints(reaper) == []
+    else:
+        assert [line.partition(": ")[2] for line in complaints(reaper)] == ["Permission denied"]
+        assert job.exists()
+        assert other.exists()
+    reaper.stop()
+    assert len(reaper.output()) == 2
+    spawner.kill()
+    spawner.wait()
+
+
+def test_a_cgroup_that_may_not_be_read_counts_as_populated(host: Host) -> None:
+    user = "65432"
+    scope = host.scope()
+    os.chown(scope.directory, int(user), int(user))
+    hidden = scope.make("_")
+    hidden.directory.chmod(0o770)
+    spawner = hidden.start()
+    (host.directory / "reaper").mkdir()
+    (host.directory / "reaper").chmod(0o777)
+    reaper = host.start_reaper(
+        scope,
+        wrapper=["setpriv", "--reuid", user, "--regid", user, "--clear-groups"],
+        script="function cgroup_released(cgroup) print(cgroup.path) end",
+    )
+    reaper.wait_ready()
+    scope.make("job").run()
+    wait_for("the other is gone", lambda: scope.children() == ["_"])
+    spawner.kill()
+    spawner.wait()
+    reaper.stop()
+    assert len(reaper.output()) == 1
+    assert complaints(reaper) == []
+
+
+# Hostile contents
+
+
+def test_names_may_hold_any_byte(host: Host, scope: Cgroup) -> None:
+    # But for a newline, which the kernel refuses
+    names = [b"two\rlines", b"\xff\xfe", b"a b\\c", "schöne Grüße".encode(), b"-rf", b"\x1b[31m"]
+    reaper = host.reaper(scope)
+    for name in names:
+        scope.make(name).run()
+    wait_for("all are gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    assert sorted(release.path.rpartition(b"/")[2] for release in reaper.releases()) == sorted(
+        names
+    )
+    lines = [line.partition(":")[0] for line in reaper.errors()[1:]]
+    assert sorted(lines) == sorted(
+        [r"two\x0dlines", r"\xff\xfe", r"a\x20b\x5cc", r"schöne\x20Grüße", "-rf", r"\x1b[31m"]
+    )
+
+
+def test_attributes_may_hold_any_byte_and_outlive_the_directory(host: Host, scope: Cgroup) -> None:
+    script = """
+    function cgroup_released(cgroup)
+      local account = cgroup.xattr.account or cgroup.parent.xattr.account
+      print((account:gsub(".", function(c) return ("%02x"):format(c:byte()) end)),
+            cgroup.xattr["user.account"] == cgroup.xattr.account, cgroup.xattr.missing)
+    end
+    """
+    reaper = host.reaper(scope, script=script)
+    scope.make("name", account=b"\xff\x00\n").make("session").run()
+    wait_for("all are gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    assert reaper.output() == ["ff000a\ttrue\tnil"] * 2
+
+
+@pytest.mark.parametrize(
+    ("contents", "complaint"),
+    [
+        (b"", "cpu.stat: empty"),
+        (b"usage_usec lots\n", "cpu.stat: not a number: b'lots'"),
+        (b"usage_usec\n", "cpu.stat: "),
+        (None, None),
+    ],
+    ids=["empty", "malformed", "truncated", "missing"],
+)
+def test_statistics_that_make_no_sense_are_nil_and_named_once(
+    host: Host, scope: Cgroup, contents: bytes | None, complaint: str | None
+) -> None:
+    jobs = [scope.make("one"), scope.make("two")]
+    fake = host.directory / "fake"
+    if contents is not None:
+        fake.write_bytes(contents)
+    else:
+        fake = Path("/proc/self/mem")  # cannot be read at its start
+    mounts = "; ".join(f"mount --bind {fake} {job.directory}/cpu.stat" for job in jobs)
+    reaper = host.start_reaper(
+        scope,
+        script="function cgroup_released(cgroup) print(cgroup.path, cgroup.cpu_total) end",
+        wrapper=["unshare", "--mount", "sh", "-c", f'{mounts}; exec "$@"', "sh"],
+    )
+    reaper.wait_ready()
+    for job in jobs:
+        job.run()
+    wait_for("both are released", lambda: len(reaper.output()) == 2)
+    wait_for("both are gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    assert sorted(reaper.output()) == [f"{host.path_of(job)}\tnil" for job in jobs]
+    if complaint:
+        (line,) = complaints(reaper)
+        assert complaint in line
+
+
+def test_a_storm_of_hang_ups_does_no_harm(host: Host, scope: Cgroup) -> None:
+    script = "count = 0\nfunction reload() count = count + 1 print('reload', count) end"
+    reaper = host.reaper(scope, script=script)
+    stop = threading.Event()
+
+    def storm() -> None:
+        while not stop.is_set():
+            os.kill(reaper.pid, 1)
+
+    thread = threading.Thread(target=storm)
+    thread.start()
+    for number in range(50):
+        scope.make(f"job-{number}").run()
+    stop.set()
+    thread.join()
+    wait_for("all are gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    assert complaints(reaper) == []
+    assert f"reload\t{len(reaper.output())}" == reaper.output()[-1]
+
+
+def test_a_second_reaper_on_the_same_scope_names_the_first(host: Host, scope: Cgroup) -> None:
+    first = host.reaper(scope)
+    path = host.path_of(scope)
+    second = host.start_reaper(scope)
+    assert second.process.wait() == 1
+    expected = f"cm4all-spawn-reaper: {path} is already managed by process {first.pid}"
+    assert second.errors()[-1] == expected
+    first.kill()
+    host.reaper(scope).stop()
