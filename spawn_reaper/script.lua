@@ -26,14 +26,23 @@ package.loaded.python = nil
 -- A pipe would be buffered in blocks.
 io.stdout:setvbuf("line")
 
+-- The only hook there is, and it is ours.
+debug.sethook = function()
+  error("debug.sethook() is not available: the limits on handlers need the hook", 2)
+end
+
 local INSTRUCTIONS = 1000 -- between two looks at the limits
+local OURS = getinfo(1, "S").source
 local cpu_end = 0
 
 local function check()
   if clock() > cpu_end then
-    -- From now on every instruction fails, so that a pcall in the script cannot go on.
+    -- From now on every instruction of the script fails, so that no pcall in it can go on; what
+    -- follows in this file is not the script's fault.
     sethook(check, "", 1)
-    error(format("used more than %g s of CPU time", cpu_limit), 2)
+    if getinfo(2, "S").source ~= OURS then
+      error(format("used more than %g s of CPU time", cpu_limit), 2)
+    end
   end
   if collectgarbage("count") * 1024 > memory_limit then
     collectgarbage()
@@ -70,7 +79,7 @@ local OPERATION = {} -- what await() yields first, so that it differs from the s
 local function await(operation)
   local function results(ok, ...)
     if not ok then
-      error((...), 3)
+      error((...), 2) -- tail calls have left no other frame of ours
     end
     return ...
   end
@@ -98,12 +107,16 @@ end
 local function start(handler, subject, object, close)
   return slice(create(function()
     local ok, message = xpcall(handler, locate, object)
+    sethook() -- our own work must not be ended by the limits
     if close then
       close(object)
     end
     if not ok then
       failed(subject, message)
-      error(message, 0) -- for whoever resumed it, if that was not us
+    end
+    sethook(check, "", INSTRUCTIONS) -- for whoever resumed it, if that was not us
+    if not ok then
+      error(message, 0)
     end
   end))
 end

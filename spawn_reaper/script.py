@@ -77,6 +77,7 @@ class Script:
         self._cgroups = CgroupBinding(load, root)
         self._close = self._cgroups.close
         self._cgroup_released: Any = None
+        self._loading = False
         self._load_error: str | None = None
         self._running: set[_Handler] = set()
         self._queue: deque[Subject] = deque()
@@ -104,9 +105,11 @@ class Script:
         chunk = self._compile(code, os.fsencode(path))
         if isinstance(chunk, tuple):
             raise ScriptError(one_line(chunk[1]))
+        self._loading = True
         ended = asyncio.get_running_loop().create_future()
         self._run(chunk, _Handler(None, None, lambda: ended.set_result(None)))
         await ended
+        self._loading = False
         if self._load_error is not None:
             raise ScriptError(self._load_error)
         function, kind = self._global(b"cgroup_released")
@@ -232,7 +235,7 @@ class Script:
         text = one_line(message)
         if subject is not None:
             _log.error("%s: %s", printable(subject.release.path).decode(), text)
-        elif self._cgroup_released is None and not self._reloading:
+        elif self._loading:
             self._load_error = text
         else:
             _log.error("%s", text)

@@ -117,7 +117,7 @@ class Reaper:
         self._errors = directory / "stderr"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(b"\0" + os.urandom(8).hex().encode())
-        self._notifications: list[str] = []
+        self.notifications: list[str] = []
         threading.Thread(target=self._listen, daemon=True).start()
         notify = "@" + os.fsdecode(self._socket.getsockname()[1:])
         environment = os.environ | {
@@ -147,7 +147,7 @@ class Reaper:
         def notified() -> bool:
             if self.process.poll() is not None:
                 raise AssertionError(f"the reaper ended; it wrote: {self.errors()}")
-            return self._notifications.count(line) >= count
+            return self.notifications.count(line) >= count
 
         wait_for(line, notified)
 
@@ -155,7 +155,7 @@ class Reaper:
         """Read all notifications, as a service manager does: the sender waits for that."""
         with suppress(OSError):
             while data := self._socket.recv(4096):
-                self._notifications += data.decode().splitlines()
+                self.notifications += data.decode().splitlines()
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -224,21 +224,22 @@ class Host:
     def start_reaper(
         self,
         *scopes: Cgroup,
-        script: str | Path = RECORD,
+        script: str | Path | None = RECORD,
         settings: str = "",
         wrapper: list[str] | None = None,
-        arguments: list[str | Path] | None = None,
     ) -> Reaper:
-        """Start a reaper; SCRIPT is Lua code or a path, SETTINGS is TOML."""
+        """Start a reaper; SCRIPT is Lua code, a path, or None for the default; SETTINGS is TOML."""
         files = self.directory
         if isinstance(script, str):
             (files / "reaper.lua").write_text(script)
             script = files / "reaper.lua"
         (files / "reaper.toml").write_text(settings)
-        command: list[str | Path] = ["--lua", script, "--config", files / "reaper.toml"]
+        command: list[str | Path] = ["--config", files / "reaper.toml"]
+        if script is not None:
+            command += ["--lua", script]
         for scope in scopes:
             command += ["--scope", self.path_of(scope)]
-        reaper = Reaper(files / "reaper", self.root, command + (arguments or []), wrapper or [])
+        reaper = Reaper(files / "reaper", self.root, command, wrapper or [])
         self._reapers.append(reaper)
         return reaper
 

@@ -1,0 +1,175 @@
+"""The command cm4all-spawn-reaper: what it accepts, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tools.harness import Cgroup, Host, wait_for
+from tests.tools.native import ROOT
+
+PROGRAM = Path(sys.executable).with_name("cm4all-spawn-reaper")
+
+
+def run(*arguments: str | Path, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run the installed command to its end."""
+    return subprocess.run(
+        [PROGRAM, *arguments], capture_output=True, text=True, check=False, cwd=directory
+    )
+
+
+def problems(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """Return what a command that failed said, after its own name."""
+    assert result.returncode == 1
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert all(line.startswith("cm4all-spawn-reaper: ") for line in lines), lines
+    return [line.partition(": ")[2] for line in lines]
+
+
+def test_help_names_every_flag(tmp_path: Path) -> None:
+    result = run("--help", directory=tmp_path)
+    assert result.returncode == 0
+    flags = ("--cgroup-root", "--scope", "--lua", "--config", "--check", "--version")
+    assert all(flag in result.stdout for flag in flags)
+
+
+def test_version_is_that_of_the_distribution(tmp_path: Path) -> None:
+    result = run("--version", directory=tmp_path)
+    declared = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared
+    assert result.stdout == f"cm4all-spawn-reaper {declared[1]}\n"
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    module = [sys.executable, "-m", "spawn_reaper", "--version"]
+    result = subprocess.run(module, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout == run("--version", directory=tmp_path).stdout
+
+
+def test_check_accepts_what_is_fine_and_starts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "s.lua").write_text("function cgroup_released(c) end")
+    (tmp_path / "s.toml").write_text('scopes = ["/a", "/b/*.scope"]\n[handlers]\ntime = 3\n')
+    result = run("--check", "--lua", "s.lua", "--config", "s.toml", directory=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_check_reports_every_problem_with_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "s.lua").write_text("\nfunction cgroup_released(c)\n  retrun 5\nend\n")
+    (tmp_path / "s.toml").write_text('grace = "soon"\n\ncolour = 1\n[handlers]\nrunning = 0\n')
+    result = run("--check", "--lua", "s.lua", "--config", "s.toml", directory=tmp_path)
+    places = [re.match(r"[^ ]*:\d+", line) for line in problems(result)]
+    assert [place and place[0] for place in places] == [
+        "s.toml:1",
+        "s.toml:3",
+        "s.toml:5",
+        "s.lua:3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ("grace = -1", "s.toml:1: grace: "),
+        ("\nscopes = []", "s.toml:2: scopes: "),
+        ('scopes = ["a"]', "s.toml:1: scopes: 'a' must begin with a slash"),
+        ('scopes = ["/a/../b"]', "s.toml:1: scopes: '/a/../b' must not contain '.' or '..'"),
+        ('scopes = "/a"', "s.toml:1: scopes: "),
+        ("log = 1", "s.toml:1: log: "),
+        ("x = ", "s.toml:1: "),
+        ("handlers = 3", "s.toml:1: handlers: must be a table"),
+    ],
+)
+def test_settings_that_cannot_be_used_end_the_start(
+    tmp_path: Path, settings: str, problem: str
+) -> None:
+    (tmp_path / "s.toml").write_text(settings)
+    (line,) = problems(run("--config", "s.toml", directory=tmp_path))
+    assert line.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--scope", "x"], "--scope 'x' must begin with a slash"),
+        (["--scope", "/a/../b"], "--scope '/a/../b' must not contain '.' or '..'"),
+        (["--lua", "missing.lua"], "missing.lua: No such file or directory"),
+        (["--config", "missing.toml"], "missing.toml: No such file or directory"),
+        (["--config", "."], ".: Is a directory"),
+        (["--cgroup-root", "/proc"], "/proc: not a cgroup v2 directory"),
+        (["--lua", "bad.lua"], "bad.lua:1: "),
+        (["--lua", "number.lua"], "number.lua: cgroup_released is a number, not a function"),
+    ],
+)
+def test_what_cannot_be_used_ends_the_start_with_one_line(
+    tmp_path: Path, arguments: list[str], problem: str
+) -> None:
+    (tmp_path / "bad.lua").write_text("x = = 1")
+    (tmp_path / "number.lua").write_text("cgroup_released = 1")
+    (line,) = problems(run(*arguments, directory=tmp_path))
+    assert line.startswith(problem)
+
+
+@pytest.mark.parametrize("flag", ["--lua", "--config"])
+def test_an_unreadable_file_ends_the_start_with_one_line(host: Host, flag: str) -> None:
+    file = host.directory / "file"
+    file.touch(mode=0o600)
+    result = subprocess.run(
+        ["setpriv", "--reuid=65432", "--clear-groups", PROGRAM, flag, file],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+    )
+    assert problems(result) == [f"{file}: Permission denied"]
+
+
+def test_without_a_default_script_the_reaper_says_so_and_runs(host: Host, scope: Cgroup) -> None:
+    assert not Path("/etc/cm4all/spawn/reaper.lua").exists()
+    reaper = host.start_reaper(scope, script=None).wait_ready()
+    scope.make("job").run()
+    wait_for("it is gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    text = "/etc/cm4all/spawn/reaper.lua does not exist, running without a script"
+    assert text in reaper.errors()
+
+
+def test_the_log_line_can_be_turned_off(host: Host, scope: Cgroup) -> None:
+    reaper = host.reaper(scope, settings="log = false")
+    scope.make("job").run()
+    wait_for("it is gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    assert reaper.errors() == [f"watching scope {host.path_of(scope)}"]
+
+
+def test_a_reaper_whose_standard_error_is_gone_goes_on(host: Host, scope: Cgroup) -> None:
+    pipe = host.directory / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    reaper = host.start_reaper(scope, wrapper=["sh", "-c", f'exec "$@" 2>{pipe}', "sh"])
+    reaper.wait_ready()
+    os.close(reader)
+    scope.make("job").run()
+    wait_for("it is gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    assert len(reaper.releases()) == 1
+
+
+@pytest.mark.parametrize("number", [2, 15], ids=["SIGINT", "SIGTERM"])
+def test_signals_end_it_with_status_zero(host: Host, scope: Cgroup, number: int) -> None:
+    reaper = host.reaper(scope)
+    reaper.process.send_signal(number)
+    assert reaper.process.wait(30) == 0
+    assert "STOPPING=1" in reaper.notifications
+    assert not any("Traceback" in line for line in reaper.errors())
+
+
+def test_the_watchdog_is_fed_while_the_daemon_works(host: Host, scope: Cgroup) -> None:
+    reaper = host.start_reaper(scope, wrapper=["env", "WATCHDOG_USEC=40000"])
+    reaper.wait_notification("WATCHDOG=1", 5)
+    reaper.stop()
