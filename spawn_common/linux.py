@@ -136,7 +136,8 @@ _OCTAL = re.compile(rb"\\([0-7]{3})")
 def parse_mountinfo(data: bytes) -> list[Mount]:
     """Parse /proc/PID/mountinfo (proc_pid_mountinfo(5)), in the kernel's order."""
     mounts = []
-    for line in data.splitlines():
+    # Not splitlines(): a path may hold a carriage return.
+    for line in data.removesuffix(b"\n").split(b"\n") if data else []:
         before, separator, after = line.partition(b" - ")
         fields, tail = before.split(b" "), after.split(b" ")
         major, _, minor = fields[2].partition(b":") if len(fields) > 5 else (b"", b"", b"")

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import os
 import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 
 class AlreadyRunning(Exception):
-    """Another daemon holds one of the claims; its ``pid`` says which."""
+    """Another daemon holds a claim; its ``pid`` says which, 0 if that cannot be seen."""
 
     def __init__(self, claim: str, pid: int) -> None:
-        super().__init__(f"{claim} is already managed by process {pid}")
+        super().__init__(f"{claim} is already managed by process {pid or '(unknown)'}")
         self.pid = pid
 
 
@@ -32,42 +34,68 @@ class Claims:
     back when its holder dies, however that happens.
     """
 
-    def __init__(self, kind: str, names: Iterable[str]) -> None:
-        """Claim all NAMES for this process, or raise AlreadyRunning.
+    def __init__(self, kind: str) -> None:
+        """KIND sets the names of one sort of daemon apart from those of others."""
+        self._kind = kind
+        self._sockets: dict[str, socket.socket] = {}
+
+    def take(self, name: str) -> None:
+        """Claim NAME for this process, or raise AlreadyRunning; needs a running event loop.
 
         A name held by somebody who is neither root nor us cannot keep a daemon from starting:
         otherwise any user could.
         """
-        self._sockets: list[socket.socket] = []
-        for name in names:
-            holder = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._sockets.append(holder)
-            address = f"\0{kind}/{name}".encode()[:107]
-            try:
-                holder.bind(address)
-                holder.listen()
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                pid, uid = _peer(address)
-                if pid and uid in (0, os.geteuid()):
-                    self.close()
-                    raise AlreadyRunning(name, pid) from None
+        holder = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        address = self._address(name)
+        try:
+            holder.bind(address)
+            holder.listen()
+        except OSError as error:
+            holder.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+            pid, uid = _peer(address)
+            if uid in (0, os.geteuid()):
+                raise AlreadyRunning(name, pid) from None
+        else:
+            # Those who come to ask who we are would fill the queue if they were left in it.
+            asyncio.get_running_loop().add_reader(holder, _turn_away, holder)
+            self._sockets[name] = holder
+
+    def give_back(self, name: str) -> None:
+        """Let others claim NAME."""
+        if holder := self._sockets.pop(name, None):
+            asyncio.get_running_loop().remove_reader(holder)
+            holder.close()
 
     def close(self) -> None:
         """Give all names back."""
-        for holder in self._sockets:
-            holder.close()
-        self._sockets.clear()
+        for name in list(self._sockets):
+            self.give_back(name)
+
+    def _address(self, name: str) -> bytes:
+        # Of fixed length, since an abstract name has 107 bytes at most.
+        digest = hashlib.sha256(os.fsencode(f"{self._kind}\0{name}")).hexdigest()
+        return f"\0cm4all-spawn-claim/{digest}".encode()
+
+
+def _turn_away(holder: socket.socket) -> None:
+    with suppress(OSError):
+        holder.accept()[0].close()
 
 
 def _peer(address: bytes) -> tuple[int, int]:
-    """Return pid and uid of the process that listens on ADDRESS; (0, 0) if it is gone."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+    """Return pid and uid of the process that listens on ADDRESS.
+
+    The pid is 0 if it cannot be seen from here, and the uid -1 if the process is gone.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(address)
+        except BlockingIOError:
+            return 0, 0  # its queue is full: it lives, but does not tell who it is
         except OSError:
-            return 0, 0
+            return 0, -1
         size = struct.calcsize("=iII")
         credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
         pid, uid, _ = struct.unpack("=iII", credentials)
@@ -77,8 +105,13 @@ def _peer(address: bytes) -> tuple[int, int]:
 class Service:
     """Signals and notifications of one daemon; needs a running event loop."""
 
-    def __init__(self, reload: Callable[[], None], status: Callable[[], str]) -> None:
-        """RELOAD is called for SIGHUP, once ready; STATUS gives a line for the service manager."""
+    def __init__(
+        self, reload: Callable[[Callable[[], None]], None], status: Callable[[], str]
+    ) -> None:
+        """STATUS gives a line for the service manager.
+
+        RELOAD is called for SIGHUP, once ready; it calls its argument when the reload is complete.
+        """
         self._reload = reload
         self._status = status
         self._stop = asyncio.Event()
@@ -103,6 +136,11 @@ class Service:
         if self._reload_wanted:
             self._loop.call_soon(self._reload_now)
 
+    def close(self) -> None:
+        """Ignore signals from now on: the process is about to end."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
     async def stopped(self) -> None:
         """Wait until the daemon shall end."""
         await self._stop.wait()
@@ -122,7 +160,9 @@ class Service:
     def _reload_now(self) -> None:
         self._reload_wanted = False
         self._notify(reloading=1, monotonic_usec=time.monotonic_ns() // 1000)
-        self._reload()
+        self._reload(self._reloaded)
+
+    def _reloaded(self) -> None:
         self._notify(ready=1, status=self._status())
 
     def _feed_watchdog(self, interval: float) -> None:

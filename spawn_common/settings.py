@@ -30,27 +30,48 @@ def load(path: Path, kind: type[S], check: Check[S] | None = None) -> S:
     Keys are the fields of KIND, tables are fields that are records themselves. OSError if the
     file cannot be read.
     """
+    data = path.read_bytes()
     try:
-        text = path.read_bytes().decode()
-        data = tomllib.loads(text)
+        text = data.decode()
+        values = tomllib.loads(text)
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
+        line = data.count(b"\n", 0, error.start) + 1
         raise SettingsError([f"{path}:{line}: not UTF-8"]) from None
     except tomllib.TOMLDecodeError as error:
-        place = re.search(r"\(at (?:line (\d+), column \d+|end of document)\)$", str(error))
-        line = int(place[1]) if place and place[1] else text.count("\n") + 1
-        reason = str(error)[: place.start()].strip() if place else str(error)
-        raise SettingsError([f"{path}:{line}: {reason}"]) from None
-    lines = _KeyLines(text)
-    problems = list(_problems(data, kind, ()))
-    settings = None if problems else msgspec.convert(data, kind)
+        raise SettingsError([_syntax_problem(path, text, str(error))]) from None
+    except (ValueError, RecursionError):
+        line = _line_beyond_the_parser(text)
+        raise SettingsError([f"{path}:{line}: number too long or nested too deeply"]) from None
+    problems = list(_problems(values, kind, ()))
+    settings = None if problems else msgspec.convert(values, kind)
     if settings is not None and check is not None:
         problems = [(tuple(key.split(".")), reason) for key, reason in check(settings)]
     if settings is None or problems:
         raise SettingsError(
-            [f"{path}:{lines.line_of(key)}: {'.'.join(key)}: {why}" for key, why in problems]
+            [f"{path}:{_line_of(text, key)}: {_shown(key)}: {why}" for key, why in problems]
         )
     return settings
+
+
+def _syntax_problem(path: Path, text: str, message: str) -> str:
+    """Move the place from the end of the parser's message to where people look for it."""
+    place = re.search(r"\(at (?:line (\d+), column \d+|end of document)\)$", message)
+    line = int(place[1]) if place and place[1] else text.count("\n") + 1
+    reason = message[: place.start()].strip() if place else message
+    return f"{path}:{line}: {reason}"
+
+
+def _line_beyond_the_parser(text: str) -> int:
+    """Return the line at which the parser gives up, although it found no mistake so far."""
+    lines = text.split("\n")
+    for end in range(1, len(lines) + 1):
+        try:
+            tomllib.loads("\n".join(lines[:end]))
+        except tomllib.TOMLDecodeError:
+            continue
+        except (ValueError, RecursionError):
+            return end
+    return len(lines)
 
 
 def _problems(
@@ -74,28 +95,35 @@ def _problems(
                 yield here, str(error).replace(" - at `$", " at `" + key)
 
 
-class _KeyLines:
-    """Finds the line on which a key of a TOML text is set; the parser does not tell."""
+def _shown(key: tuple[str, ...]) -> str:
+    text = ".".join(key)
+    return text if text.isprintable() else ascii(text)
 
-    _TABLE = re.compile(r"\s*\[\s*([\w.\"' -]+?)\s*\]")
-    _KEY = re.compile(r"\s*([\w.\"'-]+)\s*=")
 
-    def __init__(self, text: str) -> None:
-        self._lines: dict[tuple[str, ...], int] = {}
-        table: tuple[str, ...] = ()
-        for number, line in enumerate(text.splitlines(), 1):
-            if match := self._TABLE.match(line):
-                table = self._split(match[1])
-                self._lines.setdefault(table, number)
-            elif match := self._KEY.match(line):
-                self._lines.setdefault((*table, *self._split(match[1])), number)
+def _line_of(text: str, key: tuple[str, ...]) -> int:
+    """Return the line on which KEY is set; the parser does not tell.
 
-    @staticmethod
-    def _split(key: str) -> tuple[str, ...]:
-        return tuple(part.strip().strip("\"'") for part in key.split("."))
+    It is where the first statement begins with which KEY is there: found by parsing ever more
+    of the lines, which leaves all of TOML's syntax to the parser.
+    """
+    lines = text.split("\n")
+    start = 0
+    for end in range(1, len(lines) + 1):
+        try:
+            values = tomllib.loads("\n".join(lines[:end]) + "\n")
+        except ValueError:
+            continue  # within a statement
+        if _has(values, key):
+            break
+        start = end
+    while lines[start].strip() == "" or lines[start].lstrip().startswith("#"):
+        start += 1
+    return start + 1
 
-    def line_of(self, key: tuple[str, ...]) -> int:
-        """Return the line of KEY, or of the innermost table around it that has one."""
-        while key and key not in self._lines:
-            key = key[:-1]
-        return self._lines.get(key, 1)
+
+def _has(values: object, key: tuple[str, ...]) -> bool:
+    for name in key:
+        if not isinstance(values, dict) or name not in values:
+            return False
+        values = values[name]
+    return True

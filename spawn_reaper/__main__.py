@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Final, NoReturn
@@ -160,14 +161,10 @@ async def _script(arguments: argparse.Namespace, settings: Settings, root: bytes
     return script
 
 
-def _claims(root: bytes, settings: Settings) -> Claims:
-    """Make sure that no other reaper manages one of the scopes in this hierarchy."""
+def _claims(root: bytes, what: str) -> Claims:
+    """Return what keeps two reapers from managing the same part of this hierarchy."""
     status = os.stat(root)
-    hierarchy = f"{status.st_dev}:{status.st_ino}"
-    try:
-        return Claims(f"cm4all-spawn-reaper/{hierarchy}", settings.scopes)
-    except AlreadyRunning as error:
-        raise Unusable(str(error)) from None
+    return Claims(f"cm4all-spawn-reaper/{status.st_dev}:{status.st_ino}/{what}")
 
 
 # Commands
@@ -193,38 +190,55 @@ async def _serve(arguments: argparse.Namespace) -> None:
     """Run the daemon until it is told to stop."""
     settings = _settings(arguments)
     root, mount_options = _cgroup_root(arguments)
-    claims = _claims(root, settings)
     script: Script | None = None
     reaper: Reaper | None = None
+
+    def reload(done: Callable[[], None]) -> None:
+        script.reload(done) if script else done()
 
     def status() -> str:
         return reaper.status() if reaper else "starting"
 
-    service = Service(lambda: script.reload() if script else None, status)
-    script = await _script(arguments, settings, root)
-    reaper = Reaper(
-        ScopeFinder(root, [os.fsencode(pattern) for pattern in settings.scopes]),
-        Accounts(_local_counters(root, mount_options), pressure=settings.pressure),
-        grace=settings.grace,
-        unclaimed=settings.unclaimed,
-        log_lines=settings.log,
-        released=script.released if script and script.handles_releases else None,
-    )
-    reaper.start()
-    # What was loaded stays: the collector need not look at it again and again.
+    service = Service(reload, status)
+    # Patterns are claimed because a scope may be absent now, scopes because patterns may overlap.
+    patterns, scopes = _claims(root, "pattern"), _claims(root, "scope")
+    try:
+        for pattern in settings.scopes:
+            patterns.take(pattern)
+        script = await _script(arguments, settings, root)
+        reaper = Reaper(
+            ScopeFinder(root, [os.fsencode(pattern) for pattern in settings.scopes]),
+            Accounts(_local_counters(root, mount_options), pressure=settings.pressure),
+            scopes,
+            grace=settings.grace,
+            unclaimed=settings.unclaimed,
+            log_lines=settings.log,
+            released=script.released if script and script.handles_releases else None,
+        )
+        reaper.start()
+        _freeze_memory()
+        service.ready()
+        await service.stopped()
+        reaper.stop()
+        if script is not None and (left := await script.finish(settings.stop)):
+            _log.error("%d releases were not handled to the end", left)
+    except AlreadyRunning as error:
+        raise Unusable(str(error)) from None
+    finally:
+        service.close()
+        patterns.close()
+        scopes.close()
+
+
+def _freeze_memory() -> None:
+    """Take what was loaded out of the garbage collector's sight: it stays anyway."""
     gc.collect()
     gc.freeze()
-    service.ready()
-    await service.stopped()
-    reaper.stop()
-    if script is not None and (left := await script.finish(settings.stop)):
-        _log.error("%d releases were not handled to the end", left)
-    claims.close()
 
 
 def _local_counters(root: bytes, mount_options: frozenset[bytes]) -> frozenset[str]:
     """Find out which counters leave out a cgroup's children; see usage.local_counters()."""
-    directories = (entry.path for entry in os.scandir(root) if entry.is_dir())
+    directories = [root, *(entry.path for entry in os.scandir(root) if entry.is_dir())]
     known = any(os.path.exists(path + b"/pids.events.local") for path in directories)
     return local_counters(mount_options, pids_events_local=known)
 

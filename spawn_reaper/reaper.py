@@ -21,6 +21,7 @@ from typing import Final
 
 import msgspec
 
+from spawn_common.service import AlreadyRunning, Claims
 from spawn_reaper.accounts import Accounts, Opened
 from spawn_reaper.bindings.cgroup import Subject
 from spawn_reaper.report import printable, release_line
@@ -51,6 +52,7 @@ class Reaper:
         self,
         finder: ScopeFinder,
         accounts: Accounts,
+        claims: Claims,
         *,
         grace: float,
         unclaimed: float,
@@ -60,6 +62,7 @@ class Reaper:
         """GRACE and UNCLAIMED are seconds; RELEASED is the script's function, if it has one."""
         self._finder = finder
         self._accounts = accounts
+        self._claims = claims
         self._grace = grace
         self._unclaimed_time = unclaimed
         self._log_lines = log_lines
@@ -71,6 +74,7 @@ class Reaper:
         self._emptied: set[Scope] = set()
         self._complaints: set[tuple[bytes, int | None]] = set()
         self._exhausted = False
+        self._started = False
         self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_end = math.inf
@@ -81,9 +85,13 @@ class Reaper:
     # Life
 
     def start(self) -> None:
-        """Adopt the scopes that exist and begin to watch; needs a running event loop."""
+        """Adopt the scopes that exist and begin to watch; needs a running event loop.
+
+        AlreadyRunning if another reaper manages one of them.
+        """
         self._loop = asyncio.get_running_loop()
         self._find_scopes()
+        self._started = True
         self._loop.add_reader(self._finder.fd, self._scopes_readable)
         self._loop.add_reader(self._tree.fd, self._tree_readable)
 
@@ -102,7 +110,7 @@ class Reaper:
         """Say in one line what the daemon is doing."""
         scopes = len(self._tree.scopes)
         return (
-            f"{scopes} scope{'' if scopes == 1 else 's'}, {len(self._tree)} cgroups, "
+            f"{scopes} scope{'' if scopes == 1 else 's'}, {self._tree.count} cgroups, "
             f"{self.released_count} released, {self.unread_count} gone unread"
         )
 
@@ -114,21 +122,33 @@ class Reaper:
             self._find_scopes()
 
     def _find_scopes(self) -> None:
+        """Bring the managed scopes in line with what exists."""
         found = self._finder.find()
         for path, scope in list(self._tree.scopes.items()):
             if found.get(path) != scope.root.inode:
                 _log.info("scope %s is gone", printable(path).decode())
                 self._tree.drop(scope)
-        for path in found.keys() - self._tree.scopes.keys():
-            try:
-                fd = self._finder.open(path)
-            except OSError as error:
-                if error.errno != errno.ENOENT:
-                    _log.error("scope %s: %s", printable(path).decode(), error.strerror)
-                continue
-            self._tree.adopt(path, fd)
-            _log.info("watching scope %s", printable(path).decode())
+                self._claims.give_back(os.fsdecode(path))
+        for path in sorted(found.keys() - self._tree.scopes.keys()):
+            self._adopt(path)
         self._arm_poll()
+
+    def _adopt(self, path: bytes) -> None:
+        try:
+            self._claims.take(os.fsdecode(path))
+        except AlreadyRunning as error:
+            if not self._started:
+                raise
+            _log.error("%s", error)
+            return
+        try:
+            self._tree.adopt(path, self._finder.open(path))
+        except OSError as error:
+            self._claims.give_back(os.fsdecode(path))
+            if error.errno != errno.ENOENT:
+                _log.error("scope %s: %s", printable(path).decode(), error.strerror)
+        else:
+            _log.info("watching scope %s", printable(path).decode())
 
     def _tree_readable(self) -> None:
         self._loop.remove_reader(self._tree.fd)
@@ -315,6 +335,8 @@ class Reaper:
         cgroup = opened.cgroup
         found = self._accounts.read(opened)
         own = self._accounts.own(cgroup, found)
+        if os.fstat(opened.directory).st_nlink > 2:
+            return False  # what a child made since then used is in these numbers, and its own
         if cgroup.reported and not cgroup.used and not any(msgspec.structs.astuple(own)):
             return True  # it was only the deletion that did not work
         if not cgroup.used and not found.shows_use():

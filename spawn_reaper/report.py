@@ -14,6 +14,10 @@ from spawn_reaper.release import Release
 _PLAIN = re.compile(rb"[!-\[\]-~]+")  # printable ASCII, without space and backslash
 
 
+_MIB = 1 << 20
+_HALF_MIB = _MIB // 2
+
+
 def printable(name: bytes) -> bytes:
     r"""Return NAME with whatever could break or forge a log line written as ``\xNN``.
 
@@ -47,7 +51,7 @@ def release_line(release: Release) -> bytes:
     if counters.cpu_total is not None:
         line += _cpu(counters.cpu_total, counters.cpu_user, counters.cpu_system, age)
     if peaks.memory_peak is not None:
-        line += b" memory=%dM" % ((peaks.memory_peak + (1 << 19)) >> 20)
+        line += b" memory=%dM" % ((peaks.memory_peak + _HALF_MIB - 1) // _MIB)
     if reclaim := (counters.memory_events_high or 0) + (counters.memory_events_max or 0):
         line += b" reclaim=%d" % reclaim
     if counters.memory_events_oom:
@@ -70,7 +74,7 @@ def _cpu(total: int, user: int | None, system: int | None, age: float | None) ->
     line = b" cpu=%.1fs" % (total / 1e6)
     if user is not None and system is not None:
         line += b"/%.1fs/%.1fs" % (user / 1e6, system / 1e6)
-    if age and (percent := round(total / 1e4 / age)):
+    if age and (percent := int(total / 1e4 / age)):
         line += b"[%d%%]" % percent
     return line
 
@@ -79,7 +83,7 @@ def _rate(count: int, age: float | None) -> bytes:
     """Return how often something happened: per second, below that per minute, or nothing."""
     rate = count / age if age else 0.0
     if rate >= 1:
-        return b"[%d/s]" % rate
+        return b"[%.0f/s]" % rate
     if rate >= 0.01:
         return b"[%.1f/m]" % (rate * 60)
     return b""

@@ -82,7 +82,7 @@ class Script:
         self._running: set[_Handler] = set()
         self._queue: deque[Subject] = deque()
         self._reloading = False
-        self._reload_again = False
+        self._reload_waiting: list[Callable[[], None]] = []
 
     def bind(self, name: str, operation: Callable[..., Awaitable[Any]]) -> None:
         """Give the script a global function NAME that suspends its caller while OPERATION runs.
@@ -122,22 +122,28 @@ class Script:
         """Whether the script defined ``cgroup_released``."""
         return self._cgroup_released is not None
 
-    def reload(self) -> None:
-        """Call the script's ``reload``; once more afterwards if it is running now."""
-        function, kind = self._global(b"reload")
-        if kind != b"function":
-            return
-        if self._reloading:
-            self._reload_again = True
-            return
-        self._reloading = True
-        self._run(function, _Handler(None, None, self._reloaded))
+    def reload(self, done: Callable[[], None]) -> None:
+        """Call the script's ``reload`` and DONE after it; once more if it is running now."""
+        self._reload_waiting.append(done)
+        if not self._reloading:
+            self._reload_again()
 
-    def _reloaded(self) -> None:
+    def _reload_again(self) -> None:
+        """Run ``reload`` for all who have asked for it until now."""
+        function, kind = self._global(b"reload")
+        waiting, self._reload_waiting = self._reload_waiting, []
+        if kind == b"function":
+            self._reloading = True
+            self._run(function, _Handler(None, None, lambda: self._reloaded(waiting)))
+        else:
+            self._reloaded(waiting)
+
+    def _reloaded(self, waiting: list[Callable[[], None]]) -> None:
         self._reloading = False
-        if self._reload_again:
-            self._reload_again = False
-            asyncio.get_running_loop().call_soon(self.reload)
+        for done in waiting:
+            done()
+        if self._reload_waiting:
+            asyncio.get_running_loop().call_soon(self._reload_again)
 
     async def finish(self, seconds: float) -> int:
         """Let handlers finish for so long at most; return how many releases were not handled."""

@@ -151,6 +151,7 @@ class Tree:
         self.fd = linux.inotify_init()
         self.scopes: dict[bytes, Scope] = {}
         self.unwatched: set[Cgroup] = set()
+        self.count = 0  # of live cgroups, scopes not counted
         self._listener = listener
         self._watches: dict[int, Cgroup] = {}
         self._home = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -165,10 +166,6 @@ class Tree:
         self._watches.clear()
         os.close(self._home)
         os.close(self.fd)
-
-    def __len__(self) -> int:
-        """How many cgroups are known, scopes not counted; walks the tree."""
-        return sum(1 for scope in self.scopes.values() for _ in scope.root.descendants())
 
     # Scopes
 
@@ -256,6 +253,7 @@ class Tree:
         parent = cgroup.parent
         if parent is not None and parent.children and parent.children.get(cgroup.name) is cgroup:
             del parent.children[cgroup.name]
+            self.count -= 1
             if not parent.children:
                 parent.children = None
                 # Removing the last child notifies nothing in the parent.
@@ -326,6 +324,7 @@ class Tree:
             if parent.children is None:
                 parent.children = {}
             parent.children[name] = cgroup
+            self.count += 1
         self._listener.touched(cgroup)
         return cgroup if status.st_nlink > 2 else None
 

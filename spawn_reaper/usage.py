@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -132,6 +133,9 @@ def add(left: Counters, right: Counters, without: frozenset[str] = frozenset()) 
 
 _as_tuple = msgspec.structs.astuple
 
+_LARGEST: Final = (1 << 64) - 1
+_DIGITS: Final = len(str(_LARGEST))
+
 _Fields = dict[str, int]
 _Parser = Callable[[bytes], _Fields]
 
@@ -143,6 +147,8 @@ def _keyed(names: dict[bytes, str]) -> _Parser:
         words = data.split()
         if not words:
             raise ValueError("empty")
+        if len(words) != 2 * data.count(b"\n"):
+            raise ValueError("not lines of key and value")
         pairs = zip(words[::2], words[1::2], strict=True)
         return {names[key]: _number(value) for key, value in pairs if key in names}
 
@@ -159,9 +165,10 @@ def _single(name: str) -> _Parser:
 
 
 def _number(text: bytes) -> int:
-    if not text.isdigit():  # int() would take signs, spaces and underscores
-        raise ValueError(f"not a number: {text!r}")
-    return int(text)
+    # int() would take signs, spaces, underscores, and more than 64 bits
+    if text.isdigit() and len(text) <= _DIGITS and (number := int(text)) <= _LARGEST:
+        return number
+    raise ValueError(f"not a number: {text[:40]!r}")
 
 
 _IO_KEYS: Final = {
@@ -176,8 +183,13 @@ def _parse_io_stat(data: bytes) -> _Fields:
     """Sum "MAJOR:MINOR rbytes=N wbytes=N ..." over all devices; no device at all means zero."""
     sums = dict.fromkeys(_IO_KEYS.values(), 0)
     for line in data.splitlines():
-        for word in line.split()[1:]:
-            key, _, value = word.partition(b"=")
+        device, *words = line.split()
+        if b":" not in device:
+            raise ValueError(f"not a device: {device[:40]!r}")
+        for word in words:
+            key, equals, value = word.partition(b"=")
+            if not equals:
+                raise ValueError(f"not a key with a value: {word[:40]!r}")
             if key in _IO_KEYS:
                 sums[_IO_KEYS[key]] += _number(value)
     return sums
@@ -260,8 +272,9 @@ def parse_pressure(data: bytes) -> Pressure:
     for line in data.splitlines():
         kind, _, rest = line.partition(b" ")
         total = rest.rpartition(b"total=")[2]
-        if kind in (b"some", b"full") and total.isdigit():
-            totals[kind.decode()] = int(total)
+        with suppress(ValueError):
+            if kind in (b"some", b"full"):
+                totals[kind.decode()] = _number(total)
     return Pressure(**totals)
 
 

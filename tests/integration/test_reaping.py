@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -402,26 +403,42 @@ def test_a_storm_of_hang_ups_does_no_harm(host: Host, scope: Cgroup) -> None:
 
     def storm() -> None:
         while not stop.is_set():
-            os.kill(reaper.pid, 1)
+            reaper.process.send_signal(signal.SIGHUP)
 
     thread = threading.Thread(target=storm)
     thread.start()
     for number in range(50):
         scope.make(f"job-{number}").run()
-    stop.set()
-    thread.join()
     wait_for("all are gone", lambda: scope.children() == ["_"])
     reaper.stop()
+    stop.set()
+    thread.join()
     assert complaints(reaper) == []
-    assert f"reload\t{len(reaper.output())}" == reaper.output()[-1]
+    assert reaper.output()[-1] == f"reload\t{len(reaper.output())}"
 
 
-def test_a_second_reaper_on_the_same_scope_names_the_first(host: Host, scope: Cgroup) -> None:
+@pytest.mark.parametrize("name", ["test.scope", "*.scope"], ids=["path", "pattern"])
+def test_a_second_reaper_on_the_same_scope_names_the_first(
+    host: Host, scope: Cgroup, name: str
+) -> None:
     first = host.reaper(scope)
-    path = host.path_of(scope)
-    second = host.start_reaper(scope)
+    second = host.start_reaper(Cgroup(scope.directory.with_name(name)))
     assert second.process.wait() == 1
-    expected = f"cm4all-spawn-reaper: {path} is already managed by process {first.pid}"
-    assert second.errors()[-1] == expected
+    path = host.path_of(scope)
+    assert second.errors()[-1] == (
+        f"cm4all-spawn-reaper: {path} is already managed by process {first.pid}"
+    )
     first.kill()
     host.reaper(scope).stop()
+
+
+def test_a_scope_that_appears_under_two_patterns_is_managed_once(host: Host) -> None:
+    pattern = [Cgroup(host.base.directory / name) for name in ("a*", "*a")]
+    first, second = host.reaper(pattern[0]), host.reaper(pattern[1])
+    scope = host.scope("aa")
+    scope.make("job").run()
+    wait_for("it is gone", lambda: scope.children() == [])
+    wait_for("one refused", lambda: any("already managed" in e for e in first.errors()))
+    first.stop()
+    second.stop()
+    assert len(first.releases()) == 1  # the file is common to both

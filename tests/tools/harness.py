@@ -200,7 +200,8 @@ class Reaper:
         """Return how many inotify watches it holds."""
         count = 0
         for path in Path(f"/proc/{self.pid}/fdinfo").iterdir():
-            count += path.read_text().count("inotify wd:")
+            with suppress(FileNotFoundError):  # open for a moment only
+                count += path.read_text().count("inotify wd:")
         return count
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -190,13 +191,17 @@ def test_reload_runs_once_more_if_it_was_asked_for_while_busy(
         gate = Gate()
         code = "function reload() print('reload') wait() end"
         script = await load(code, Handlers(), wait=gate)
-        for _ in range(4):
-            script.reload()
+        complete: list[int] = []
+        for number in range(4):
+            script.reload(partial(complete.append, number))
         await settle()
+        assert complete == []
         gate.waiting[0].set_result(b"")
         await settle()
+        assert complete == [0]
         gate.waiting[1].set_result(b"")
         assert await script.finish(10) == 0
+        assert complete == [0, 1, 2, 3]
         assert len(gate.waiting) == 2
 
     run(test)
