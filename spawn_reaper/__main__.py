@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -93,12 +92,21 @@ def _parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="load the settings and run the script's main chunk, report every problem, and exit",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
     return parser.parse_args()
 
 
-def _version() -> str:
-    return metadata.version("cm4all-spawn")
+class _Version(argparse.Action):
+    """Prints the version; looking it up costs memory that a daemon need not spend."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:  # noqa: A002
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib import metadata
+
+        print(parser.prog, metadata.version("cm4all-spawn"))
+        sys.exit(0)
 
 
 def _die(*problems: str) -> NoReturn:

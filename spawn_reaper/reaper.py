@@ -31,9 +31,9 @@ from spawn_reaper.usage import CPU_STAT, read_file
 
 _log = logging.getLogger(__name__)
 
-# Reading events only so often lets a burst be handled in batches. A watch that is placed up to
-# 10 ms after the last process left still fires.
-_PAUSE: Final = 0.005
+# Reading events only so often lets a burst be handled in batches. The kernel itself merges what
+# happens to a cgroup within 10 ms, and a watch that is placed that late still fires.
+_PAUSE: Final = 0.01
 _POLL: Final = 2.0  # seconds between looks at what cannot be watched
 _CHUNK: Final = 64  # cgroups whose descriptors are open at the same time
 _FLUSH: Final = 8  # cgroups in a batch for which flushing the scope's statistics is worth it

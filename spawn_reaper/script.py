@@ -12,7 +12,6 @@ import importlib
 import logging
 import os
 import sys
-import sysconfig
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from spawn_reaper.settings import Handlers
 _log = logging.getLogger(__name__)
 
 _RUNTIMES: Final = ("lupa.luajit21", "lupa.lua")  # PyPI's lupa; Debian's, built against LuaJIT
-_MULTIARCH: Final = sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu"
+_MULTIARCH: Final = getattr(sys.implementation, "_multiarch", f"{os.uname().machine}-linux-gnu")
 
 # Where Debian's LuaJIT looks, whichever build of it we run in.
 _PATH: Final = (

@@ -1,0 +1,188 @@
+"""The reaper as the benchmarks run it, and waiting for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from bench import proc
+from bench.processes import Drain, end, start
+from bench.site import Site, population
+from bench.unusable import Unusable
+
+READY_LINE: Final = b"watching scope"
+OVERFLOW_LINE: Final = b"the inotify queue overflowed"
+TRACEBACK_LINE: Final = b"Traceback (most recent call last)"
+
+_PATIENCE: Final = 60.0  # seconds for whatever should take less than one
+_QUIET: Final = 0.2  # seconds without CPU time that show that nothing is left to be done
+_STUCK: Final = 75.0  # seconds without any progress; more than the minute that unclaimed ones have
+_GLANCE: Final = 0.01
+
+# What a service manager tells its services would change what the reaper does.
+_SERVICE_VARIABLES: Final = (
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "LISTEN_FDNAMES",
+)
+
+
+@dataclass(frozen=True)
+class Reaper:
+    """A running reaper; ``started`` is the monotonic time in seconds."""
+
+    process: subprocess.Popen[bytes]
+    log: Drain
+    started: float
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
+
+    def check(self) -> None:
+        """Raise Unusable if it ended or ran into a bug of its own."""
+        if self.process.poll() is not None:
+            raise Unusable(
+                f"the reaper ended with status {self.process.returncode}: {self.log.last_line()}"
+            )
+        if self.log.occurrences[TRACEBACK_LINE]:
+            raise Unusable(f"the reaper wrote a traceback: {self.log.last_line()}")
+
+
+def start_reaper(
+    stack: ExitStack,
+    site: Site,
+    scope: Path,
+    script: Path,
+    *,
+    settings: str = "",
+    environment: Mapping[str, str] | None = None,
+) -> Reaper:
+    """Start a reaper for SCOPE; SETTINGS are lines of TOML. STACK ends it."""
+    config = site.folder / "reaper.toml"
+    config.write_text(settings)
+    inherited = {k: v for k, v in os.environ.items() if k not in _SERVICE_VARIABLES}
+    log = Drain(stack, READY_LINE, OVERFLOW_LINE, TRACEBACK_LINE)
+    started = time.monotonic()
+    process = start(
+        stack,
+        [
+            *(sys.executable, "-m", "spawn_reaper"),
+            *("--cgroup-root", site.mount),
+            *("--scope", f"/{scope.relative_to(site.mount)}"),
+            *("--lua", script),
+            *("--config", config),
+        ],
+        stderr=log.give_away(),
+        environment=inherited | dict(environment or {}),
+    )
+    log.given()
+    return Reaper(process, log, started)
+
+
+def stop(reaper: Reaper) -> None:
+    """End the reaper as a service manager does."""
+    reaper.check()
+    end(reaper.process)
+    if reaper.process.returncode != 0:
+        raise Unusable(
+            f"the reaper did not stop well, status {reaper.process.returncode}: "
+            f"{reaper.log.last_line()}"
+        )
+
+
+def wait_for_log_line(reaper: Reaper) -> float:
+    """Wait until the log says that it watches its scope; return the seconds from its start."""
+    _wait_until(reaper, "ready", lambda: READY_LINE in reaper.log.first_seen)
+    return reaper.log.first_seen[READY_LINE] - reaper.started
+
+
+class NotifySocket:
+    """The service manager's end of sd_notify(3)."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._socket = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        name = f"spawn-bench-{os.getpid()}"
+        self._socket.bind(f"\0{name}")
+        self._socket.settimeout(_PATIENCE)
+        self.environment = {"NOTIFY_SOCKET": f"@{name}"}
+
+    def wait_ready(self, reaper: Reaper) -> float:
+        """Wait until the reaper says that it is ready; return the seconds from its start."""
+        self._socket.settimeout(1.0)
+        end_time = time.monotonic() + _PATIENCE
+        while time.monotonic() < end_time:
+            try:
+                message = self._socket.recv(4096)
+            except TimeoutError:
+                reaper.check()
+                continue
+            if b"READY=1" in message.split(b"\n"):
+                return time.monotonic() - reaper.started
+        raise Unusable("the reaper never sent READY=1")
+
+
+def settle(reaper: Reaper) -> proc.Cpu:
+    """Wait until the reaper has nothing to do any more; return the CPU time it has used."""
+    before = proc.cpu(reaper.pid)
+    quiet_since = time.monotonic()
+    end_time = quiet_since + _PATIENCE
+    while time.monotonic() < end_time:
+        time.sleep(_GLANCE)
+        reaper.check()
+        now = proc.cpu(reaper.pid)
+        if now.total != before.total or not proc.sleeping(reaper.pid):
+            before, quiet_since = now, time.monotonic()
+        elif time.monotonic() - quiet_since >= _QUIET:
+            return now
+    raise Unusable(f"the reaper did not come to rest within {_PATIENCE:g} s")
+
+
+def wait_until_gone(
+    reaper: Reaper, scope: Path, tell: Callable[[int], None] | None = None
+) -> tuple[int, float]:
+    """Wait until SCOPE is empty, or as long as there is progress.
+
+    Returns how many cgroups are left and the monotonic time of the last change. TELL is called
+    with their number every few seconds.
+    """
+    left = population(scope)
+    changed = told = time.monotonic()
+    while left > 0 and time.monotonic() - changed < _STUCK:
+        time.sleep(_GLANCE)
+        reaper.check()
+        now = population(scope)
+        if now != left:
+            left, changed = now, time.monotonic()
+        if tell is not None and time.monotonic() - told >= 5.0:
+            told = time.monotonic()
+            tell(left)
+    return left, changed
+
+
+def flush_records(reaper: Reaper, records: Path) -> None:
+    """Let record.lua complete its file."""
+    reaper.process.send_signal(signal.SIGHUP)
+    _wait_until(reaper, "done with its records", lambda: records.read_bytes().endswith(b"end\n"))
+
+
+def _wait_until(reaper: Reaper, what: str, condition: Callable[[], bool]) -> None:
+    end_time = time.monotonic() + _PATIENCE
+    while not condition():
+        reaper.check()
+        if time.monotonic() > end_time:
+            raise Unusable(f"the reaper was not {what} within {_PATIENCE:g} s")
+        time.sleep(_GLANCE)

@@ -1,0 +1,27 @@
+"""How much is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of cgroups and rounds, and seconds."""
+
+    scale: str
+    rounds: int
+    released: int  # cgroups in a round at full speed
+    paced: int  # cgroups in a round at a set rate
+    burst: int
+    alive: int
+    idle: float
+
+
+FULL: Final = Plan(
+    "full", rounds=5, released=20_000, paced=6_000, burst=100_000, alive=50_000, idle=10
+)
+QUICK: Final = Plan(
+    "quick", rounds=2, released=4_000, paced=1_000, burst=10_000, alive=10_000, idle=2
+)
