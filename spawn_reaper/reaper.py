@@ -24,6 +24,7 @@ import msgspec
 from spawn_common.service import AlreadyRunning, Claims
 from spawn_reaper.accounts import Accounts, Opened
 from spawn_reaper.bindings.cgroup import Subject
+from spawn_reaper.deletion import delete, deletions, recover
 from spawn_reaper.report import printable, release_line
 from spawn_reaper.scopes import ScopeFinder
 from spawn_reaper.tree import OPEN_DIRECTORY, Cgroup, Scope, Tree, located
@@ -142,7 +143,7 @@ class Reaper:
             _log.error("%s", error)
             return
         try:
-            self._tree.adopt(path, self._finder.open(path))
+            recover(self._tree.adopt(path, self._finder.open(path)))
         except OSError as error:
             self._claims.give_back(os.fsdecode(path))
             if error.errno != errno.ENOENT:
@@ -280,8 +281,9 @@ class Reaper:
             releases = [opened for opened in settled if opened.release]
             self._report(releases)
             subjects = self._call_script(releases)
-            for opened in settled:
-                self._delete(opened)
+            with deletions(settled) as noted:
+                for opened in settled:
+                    self._delete(opened, noted)
             for subject in subjects:
                 subject.directory = None
         finally:
@@ -383,14 +385,10 @@ class Reaper:
             # A mistake of ours in one handler must not keep the others from being deleted.
             _log.exception("%s", printable(subject.release.path).decode())
 
-    def _delete(self, opened: Opened) -> None:
+    def _delete(self, opened: Opened, noted: set[Scope]) -> None:
         cgroup = opened.cgroup
-        last = opened.read_cpu_stat()
         try:
-            with located(cgroup.scope, opened.path) as (fd, short):
-                os.rmdir(short, dir_fd=fd)
-        except FileNotFoundError:
-            pass  # somebody else did
+            last = delete(opened, noted)
         except OSError as error:
             self._not_deleted(cgroup, error)
             return

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.harness import RECORD, Cgroup, Host, Reaper, Release, wait_for
+from tests.tools.harness import RECORD, Cgroup, Host, Reaper, Release, spawn, wait_for
 
 # Prepended to handlers that play the part of somebody else, at the worst moment: their first
 # slice runs after the record was made and before the deletion.
@@ -179,7 +179,7 @@ def test_globs_choose_scopes_and_nothing_else(host: Host) -> None:
 
 def test_a_scope_that_is_deleted_while_it_is_scanned_does_no_harm(host: Host) -> None:
     scope = host.scope()
-    reaper = host.reaper(scope, settings="grace = 0\nunclaimed = 0.001")
+    reaper = host.reaper(scope, settings="grace = 0")
     for _ in range(30):
         for number in range(30):
             host.scope().make(f"{number}/session")
@@ -236,6 +236,34 @@ def test_what_is_used_between_record_and_deletion_is_recorded_too(
     assert (first.remainder, second.remainder) == (False, True)
     assert second.own > 0
     assert sum(r.own for r in reaper.releases()) == pytest.approx(counted, abs=5e-6)
+
+
+def test_what_a_killed_reaper_left_frozen_is_thawed_and_nothing_else(
+    host: Host, scope: Cgroup
+) -> None:
+    left, other = scope.make("left"), scope.make("other")
+    processes = [left.start("sleep 0.2"), other.start("sleep 0.2")]
+    for cgroup in (left, other):
+        wait_for("it is populated", cgroup.populated)
+        (cgroup.directory / "cgroup.freeze").write_text("1")
+    os.setxattr(scope.directory, "user.cm4all-spawn-reaper.deleting", b"missing/left")
+    reaper = host.reaper(scope)
+    wait_for("it could go on", lambda: not left.exists())
+    assert other.populated()
+    assert os.listxattr(scope.directory) == []
+    (other.directory / "cgroup.freeze").write_text("0")
+    wait_for("it could go on", lambda: not other.exists())
+    assert [process.wait() for process in processes] == [0, 0]
+    reaper.stop()
+
+
+def test_a_process_that_enters_a_cgroup_on_its_deletion_runs_on(host: Host, scope: Cgroup) -> None:
+    reaper = host.reaper(scope, settings="grace = 0")
+    spawned = spawn(scope, 3000, "--names", "1", "--exec", "--workers", "2")
+    wait_for("the scope is empty", lambda: scope.children() == ["_"])
+    reaper.stop()
+    assert spawned.jobs == 3000
+    assert complaints(reaper) == []
 
 
 def test_a_cgroup_that_somebody_else_deletes_first_is_still_counted_once(
