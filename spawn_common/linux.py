@@ -8,6 +8,7 @@ of the header that they come from.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import struct
@@ -70,8 +71,8 @@ def inotify_add_watch(fd: int, path: bytes, mask: int) -> int:
 
 
 def inotify_rm_watch(fd: int, watch: int) -> None:
-    """Remove a watch; EINVAL if the kernel has removed it already (inotify_rm_watch(2))."""
-    if _inotify_rm_watch(fd, watch) < 0:
+    """Remove a watch, unless the kernel has done that already (inotify_rm_watch(2))."""
+    if _inotify_rm_watch(fd, watch) < 0 and ctypes.get_errno() != errno.EINVAL:
         raise _error("inotify_rm_watch")
 
 

@@ -311,17 +311,8 @@ class Reaper:
                 opened.close()
 
     def _is_empty(self, opened: Opened) -> bool:
-        """Whether there is neither a process nor a child."""
+        """Whether no process is in the cgroup or below it."""
         cgroup = opened.cgroup
-        status = os.fstat(opened.directory)
-        if status.st_ino != cgroup.inode:
-            assert cgroup.parent is not None
-            self._tree.look_at(cgroup.parent, cgroup.name)
-            return False
-        if status.st_nlink > 2:
-            if not cgroup.children:
-                self._tree.look_below(cgroup)
-            return False  # removing the last child brings us back
         events = read_file(opened.directory, b"cgroup.events")
         if events == _EMPTY:
             return True
@@ -336,9 +327,10 @@ class Reaper:
         """Record what was used, and say whether the cgroup may be deleted now."""
         cgroup = opened.cgroup
         found = self._accounts.read(opened)
+        # After reading: what a child used is in these numbers, but the child will report it.
+        if not self._is_childless(opened):
+            return False
         own = self._accounts.own(cgroup, found)
-        if os.fstat(opened.directory).st_nlink > 2:
-            return False  # what a child made since then used is in these numbers, and its own
         if cgroup.reported and not cgroup.used and not any(msgspec.structs.astuple(own)):
             return True  # it was only the deletion that did not work
         if not cgroup.used and not found.shows_use():
@@ -348,6 +340,17 @@ class Reaper:
                 return False
         opened.release = self._accounts.record(opened, found, own)
         return True
+
+    def _is_childless(self, opened: Opened) -> bool:
+        cgroup = opened.cgroup
+        status = os.fstat(opened.directory)
+        if status.st_ino != cgroup.inode:
+            assert cgroup.parent is not None
+            self._tree.look_at(cgroup.parent, cgroup.name)
+            return False
+        if status.st_nlink > 2 and not cgroup.children:
+            self._tree.look_below(cgroup)
+        return status.st_nlink <= 2  # removing the last child brings us back
 
     def _postpone(self, cgroup: Cgroup, until: float) -> None:
         cgroup.due = _UNCLAIMED
@@ -387,6 +390,7 @@ class Reaper:
 
     def _delete(self, opened: Opened, noted: set[Scope]) -> None:
         cgroup = opened.cgroup
+        self._tree.unwatch(cgroup)  # or freezing and deleting it would notify us
         try:
             last = delete(opened, noted)
         except OSError as error:
@@ -401,9 +405,9 @@ class Reaper:
 
     def _not_deleted(self, cgroup: Cgroup, error: OSError) -> None:
         """Keep a cgroup that lives on, or that we may not delete."""
-        if error.errno == errno.EBUSY:
-            self.touched(cgroup)  # somebody moved in, and may have left already
-        else:
+        assert cgroup.parent is not None
+        self._tree.look_at(cgroup.parent, cgroup.name)  # somebody may have moved in
+        if error.errno != errno.EBUSY and not cgroup.gone:
             self._complain(cgroup, error)
             self._postpone(cgroup, self._now + _RETRY)
 

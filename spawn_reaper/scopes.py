@@ -74,8 +74,7 @@ class ScopeFinder:
         for pattern in self._patterns:
             found.update(self._match(pattern, watches))
         for watch in self._watches.keys() - watches.keys():
-            with suppress(OSError):
-                linux.inotify_rm_watch(self.fd, watch)
+            linux.inotify_rm_watch(self.fd, watch)
         self._watches = watches
         return {path: inode for path, inode in found.items() if not _inside_any(path, found)}
 

@@ -11,7 +11,7 @@ local create, resume, status, yield =
     coroutine.create, coroutine.resume, coroutine.status, coroutine.yield
 local getinfo, sethook = debug.getinfo, debug.sethook
 local format, match = string.format, string.match
-local rawget, tostring, type, xpcall = rawget, tostring, type, xpcall
+local rawget, setmetatable, type, xpcall = rawget, setmetatable, type, xpcall
 local globals = _G
 
 -- With the JIT on, compiled loops never reach the count hook.
@@ -102,23 +102,45 @@ local function slice(co, ...)
   return PARKED
 end
 
--- Runs HANDLER(OBJECT) up to its end or its first yield. SUBJECT is handed to failed(); CLOSE is
--- called with the object when the handler has ended, however that came about.
-local function start(handler, subject, object, close)
-  return slice(create(function()
-    local ok, message = xpcall(handler, locate, object)
-    sethook() -- our own work must not be ended by the limits
-    if close then
-      close(object)
+-- How to end the coroutines that wait for an operation, from outside.
+local closers = setmetatable({}, { __mode = "k" })
+
+-- Returns a function that runs HANDLER in a coroutine of its own, up to its end or its first yield.
+-- What that function takes, after the subject for failed(), goes to NEW, which makes HANDLER's
+-- argument; CLOSE is called with the argument when the handler has ended, however that came about.
+local function starter(handler, new, close)
+  return function(subject, ...)
+    local object = new and new(subject, ...)
+
+    local co = create(function()
+      local ok, message = xpcall(handler, locate, object)
+      sethook() -- our own work must not be ended by the limits
+      if close then
+        close(object)
+      end
+      if not ok then
+        failed(subject, message)
+      end
+      sethook(check, "", INSTRUCTIONS) -- for whoever resumed it, if that was not us
+      if not ok then
+        error(message, 0)
+      end
+    end)
+
+    local state, _, operation = slice(co)
+    if state ~= WAITING then
+      return state
     end
-    if not ok then
-      failed(subject, message)
-    end
-    sethook(check, "", INSTRUCTIONS) -- for whoever resumed it, if that was not us
-    if not ok then
-      error(message, 0)
-    end
-  end))
+    closers[co] = close and function() close(object) end
+    return state, co, operation
+  end
+end
+
+-- Gives up a coroutine that will not be resumed any more.
+local function abandon(co)
+  if closers[co] then
+    closers[co]()
+  end
 end
 
 local function compile(code, name)
@@ -130,4 +152,4 @@ local function global(name)
   return value, type(value)
 end
 
-return start, slice, await, compile, global
+return starter, slice, abandon, await, compile, global

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from spawn_reaper.bindings.cgroup import CgroupBinding, Subject
+from spawn_reaper.bindings.cgroup import CgroupBinding, Subject, fields_of
 from spawn_reaper.report import one_line, printable
 from spawn_reaper.settings import Handlers
 
@@ -49,11 +49,10 @@ class ScriptError(Exception):
 class _Handler:
     """A coroutine of the script that waits for an operation of ours."""
 
-    __slots__ = ("coroutine", "ended", "expired", "object", "operation", "subject", "timer")
+    __slots__ = ("coroutine", "ended", "expired", "operation", "subject", "timer")
 
-    def __init__(self, subject: Subject | None, lua_object: Any, ended: Callable[[], None]) -> None:
+    def __init__(self, subject: Subject | None, ended: Callable[[], None]) -> None:
         self.subject = subject
-        self.object = lua_object
         self.ended = ended
         self.coroutine: Any = None
         self.operation: asyncio.Future[Any] | None = None
@@ -70,12 +69,11 @@ class Script:
         self._lua = _new_runtime()
         load = self._lua.eval(b"loadstring")
         code = Path(__file__).with_name("script.lua").read_bytes()
-        self._start, self._slice, self._await, self._compile, self._global = load(
-            code, b"=script.lua"
-        )(limits.cpu, limits.memory * 1e6, self._failed)
+        functions = load(code, b"=script.lua")(limits.cpu, limits.memory * 1e6, self._failed)
+        self._starter, self._slice, self._abandoned, self._await = functions[:4]
+        self._compile, self._global = functions[4:]
         self._cgroups = CgroupBinding(load, root)
-        self._close = self._cgroups.close
-        self._cgroup_released: Any = None
+        self._begin: Any = None  # starts cgroup_released
         self._loading = False
         self._load_error: str | None = None
         self._running: set[_Handler] = set()
@@ -106,7 +104,7 @@ class Script:
             raise ScriptError(one_line(chunk[1]))
         self._loading = True
         ended = asyncio.get_running_loop().create_future()
-        self._run(chunk, _Handler(None, None, lambda: ended.set_result(None)))
+        self._run(chunk, _Handler(None, lambda: ended.set_result(None)))
         await ended
         self._loading = False
         if self._load_error is not None:
@@ -114,12 +112,13 @@ class Script:
         function, kind = self._global(b"cgroup_released")
         if kind not in (b"function", b"nil"):
             raise ScriptError(f"{path}: cgroup_released is a {kind.decode()}, not a function")
-        self._cgroup_released = function
+        if kind == b"function":
+            self._begin = self._starter(function, self._cgroups.new, self._cgroups.close)
 
     @property
     def handles_releases(self) -> bool:
         """Whether the script defined ``cgroup_released``."""
-        return self._cgroup_released is not None
+        return self._begin is not None
 
     def reload(self, done: Callable[[], None]) -> None:
         """Call the script's ``reload`` and DONE after it; once more if it is running now."""
@@ -133,7 +132,7 @@ class Script:
         waiting, self._reload_waiting = self._reload_waiting, []
         if kind == b"function":
             self._reloading = True
-            self._run(function, _Handler(None, None, lambda: self._reloaded(waiting)))
+            self._run(function, _Handler(None, lambda: self._reloaded(waiting)))
         else:
             self._reloaded(waiting)
 
@@ -168,11 +167,9 @@ class Script:
             self._handle(subject)
 
     def _handle(self, subject: Subject) -> None:
-        lua_object = self._cgroups.new(subject)
-        result = self._start(self._cgroup_released, subject, lua_object, self._close)
+        result = self._begin(subject, *fields_of(subject.release))
         if result not in _NOT_WAITING:
-            handler = _Handler(subject, lua_object, self._handle_next)
-            self._suspend(handler, result)
+            self._suspend(_Handler(subject, self._handle_next), result)
 
     def _handle_next(self) -> None:
         while self._queue and len(self._running) < self._limits.running:
@@ -180,7 +177,7 @@ class Script:
 
     def _run(self, function: Any, handler: _Handler) -> None:
         """Run a function of the script that is not about a release."""
-        result = self._start(function, None)
+        result = self._starter(function)(None)
         if result in _NOT_WAITING:
             handler.ended()
         else:
@@ -225,8 +222,7 @@ class Script:
         assert handler.operation is not None
         handler.operation.cancel()
         self._failed(handler.subject, b"went on after its time was over")
-        if handler.object is not None:
-            self._close(handler.object)
+        self._abandoned(handler.coroutine)
         self._end(handler)
 
     def _end(self, handler: _Handler) -> None:

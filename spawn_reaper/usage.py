@@ -256,13 +256,14 @@ def parse_usage(files: Iterable[tuple[bytes, bytes]]) -> tuple[Usage, list[Malfo
             fields |= _PARSERS[name](data)
         except ValueError as error:
             malformed.append(Malformed(f"{name.decode()}: {error}"))
-    peaks = NO_PEAKS
-    if not fields.keys() <= _COUNTER_NAMES:
-        peaks = Peaks(**{name: fields.pop(name) for name in _PEAK_NAMES if name in fields})
+    peaks = (
+        NO_PEAKS
+        if fields.keys().isdisjoint(_PEAK_NAMES)
+        else Peaks(*(fields.pop(name, None) for name in _PEAK_NAMES))
+    )
     return Usage(Counters(**fields), peaks), malformed
 
 
-_COUNTER_NAMES: Final = frozenset(Counters.__struct_fields__)
 _PEAK_NAMES: Final = Peaks.__struct_fields__
 
 

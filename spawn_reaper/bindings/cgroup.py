@@ -20,7 +20,6 @@ from spawn_reaper import usage
 from spawn_reaper.release import Pressures, Release
 
 _COUNTERS: Final = usage.Counters.__struct_fields__
-_TIMES: Final = len(usage.TIME_COUNTERS)
 _PEAKS: Final = usage.Peaks.__struct_fields__
 _FIELDS: Final = (*_COUNTERS, *_PEAKS, "path", "id", "btime", "age", "remainder")
 _PRESSURE: Final = {
@@ -42,6 +41,20 @@ class Subject:
         self.directory = directory
 
 
+def fields_of(release: Release) -> tuple[Any, ...]:
+    """Return what a release brings along into Lua, in the order of _FIELDS."""
+    born = release.born
+    return (
+        *_in_seconds(release.usage.counters),
+        *msgspec.structs.astuple(release.usage.peaks),
+        release.path,
+        release.id.encode(),
+        None if born is None else int(born),
+        release.age,
+        release.remainder,
+    )
+
+
 class CgroupBinding:
     """Makes Lua objects of releases."""
 
@@ -49,7 +62,7 @@ class CgroupBinding:
         """LOAD compiles Lua code under a name; ROOT is the path of the cgroup root directory."""
         self._root = root
         code = Path(__file__).with_name("cgroup.lua").read_bytes()
-        self._new, self.close = load(code, b"=cgroup.lua")(
+        self.new, self.close = load(code, b"=cgroup.lua")(
             self._pressure,
             self._own,
             self._xattr,
@@ -57,23 +70,8 @@ class CgroupBinding:
             len(_COUNTERS),
             *(name.encode() for name in _FIELDS),
         )
-        """close(object) makes the object, and all that was got from it, stale"""
-
-    def new(self, subject: Subject) -> Any:
-        """Return the Lua object for a release."""
-        release = subject.release
-        counters, peaks = release.usage.counters, release.usage.peaks
-        born = release.born
-        return self._new(
-            subject,
-            *_in_seconds(counters),
-            *msgspec.structs.astuple(peaks),
-            release.path,
-            release.id.encode(),
-            None if born is None else int(born),
-            release.age,
-            release.remainder,
-        )
+        """new(subject, *fields_of(release)) returns the Lua object for a release; close(object)
+        makes the object, and all that was got from it, stale."""
 
     # What Lua calls. Nothing here raises: a Lua error must be a string.
 
@@ -120,9 +118,14 @@ class CgroupBinding:
 
 def _in_seconds(counters: usage.Counters) -> tuple[int | float | None, ...]:
     """Return all counters, the times among them converted to seconds."""
-    values = msgspec.structs.astuple(counters)
-    times = (None if value is None else value / 1e6 for value in values[:_TIMES])
-    return (*times, *values[_TIMES:])
+    total, user, system, throttled, *rest = msgspec.structs.astuple(counters)
+    return (
+        None if total is None else total / 1e6,
+        None if user is None else user / 1e6,
+        None if system is None else system / 1e6,
+        None if throttled is None else throttled / 1e6,
+        *rest,
+    )
 
 
 def _read_field(directory: int, field: bytes) -> int | float | None:
