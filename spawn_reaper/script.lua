@@ -10,7 +10,7 @@ local clock, collectgarbage, error, loadstring = os.clock, collectgarbage, error
 local create, resume, status, yield =
     coroutine.create, coroutine.resume, coroutine.status, coroutine.yield
 local getinfo, sethook = debug.getinfo, debug.sethook
-local format, match = string.format, string.match
+local format, match, sub = string.format, string.match, string.sub
 local rawget, setmetatable, type, xpcall = rawget, setmetatable, type, xpcall
 local globals = _G
 
@@ -31,24 +31,56 @@ debug.sethook = function()
   error("debug.sethook() is not available: the limits on handlers need the hook", 2)
 end
 
+-- Puts file and line of the innermost function of the script before a message.
+local function placed(message)
+  local level = 2
+  while true do
+    local info = getinfo(level, "Sl")
+    if not info then
+      return message
+    end
+    if sub(info.source, 1, 1) == "@" and info.currentline > 0 then
+      return format("%s:%d: %s", info.short_src, info.currentline, message)
+    end
+    level = level + 1
+  end
+end
+
 local INSTRUCTIONS = 1000 -- between two looks at the limits
 local OURS = getinfo(1, "S").source
+local limited = false -- a handler runs, and not our own work for it
+local strict = false -- a handler has used up its CPU time
 local cpu_end = 0
 
 local function check()
+  if not limited then
+    return
+  end
   if clock() > cpu_end then
     -- From now on every instruction of the script fails, so that no pcall in it can go on; what
     -- follows in this file is not the script's fault.
+    strict = true
     sethook(check, "", 1)
     if getinfo(2, "S").source ~= OURS then
-      error(format("used more than %g s of CPU time", cpu_limit), 2)
+      error(placed(format("used more than %g s of CPU time", cpu_limit)), 0)
     end
   end
   if collectgarbage("count") * 1024 > memory_limit then
     collectgarbage()
     if collectgarbage("count") * 1024 > memory_limit then
-      error(format("used more than %g MB of memory", memory_limit / 1000000), 2)
+      error(placed(format("used more than %g MB of memory", memory_limit / 1000000)), 0)
     end
+  end
+end
+
+-- The hook stays: taking it away and back for each handler would cost more than leaving it.
+sethook(check, "", INSTRUCTIONS)
+
+local function unlimit()
+  limited = false
+  if strict then
+    strict = false
+    sethook(check, "", INSTRUCTIONS)
   end
 end
 
@@ -56,20 +88,7 @@ end
 local function locate(value)
   local message = type(value) == "string" and value
     or format("(error object is a %s value)", type(value))
-  if match(message, "^[^\n]-:%d+: ") then
-    return message
-  end
-  local level = 2
-  while true do
-    local info = getinfo(level, "Sl")
-    if not info then
-      return message
-    end
-    if info.currentline > 0 then
-      return format("%s:%d: %s", info.short_src, info.currentline, message)
-    end
-    level = level + 1
-  end
+  return match(message, "^[^\n]-:%d+: ") and message or placed(message)
 end
 
 local OPERATION = {} -- what await() yields first, so that it differs from the script's own yields
@@ -91,9 +110,9 @@ local DONE, PARKED, WAITING = 0, 1, 2
 
 local function slice(co, ...)
   cpu_end = clock() + cpu_limit
-  sethook(check, "", INSTRUCTIONS)
+  limited = true
   local _, marker, operation = resume(co, ...)
-  sethook()
+  unlimit()
   if status(co) == "dead" then
     return DONE
   elseif marker == OPERATION then
@@ -114,14 +133,14 @@ local function starter(handler, new, close)
 
     local co = create(function()
       local ok, message = xpcall(handler, locate, object)
-      sethook() -- our own work must not be ended by the limits
+      unlimit()
       if close then
         close(object)
       end
       if not ok then
         failed(subject, message)
       end
-      sethook(check, "", INSTRUCTIONS) -- for whoever resumed it, if that was not us
+      limited = true -- whoever resumed it, if that was not us
       if not ok then
         error(message, 0)
       end
