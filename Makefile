@@ -8,8 +8,10 @@
 PYTHON ?= python3
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-# pystemd is built from source; lupa, PyNaCl and msgspec come as wheels.
-PACKAGES := python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-dev libpq5
+# pystemd is built from source (lupa, PyNaCl and msgspec come as wheels), tests and benchmarks run
+# C programs, and lua-cjson shows that C modules load.
+PACKAGES := python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-dev libpq5 lua-cjson \
+    util-linux attr
 
 .PHONY: demo test check bench clean packages
 .DELETE_ON_ERROR:
