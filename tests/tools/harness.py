@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -250,9 +250,10 @@ class Host:
 
     def close(self) -> None:
         """End all reapers and remove everything."""
-        for reaper in self._reapers:
-            reaper.kill()
-        self.base.remove()
+        with ExitStack() as stack:
+            stack.callback(self.base.remove)
+            for reaper in self._reapers:
+                stack.callback(reaper.kill)
 
 
 @contextmanager
