@@ -35,6 +35,7 @@ _DIRECTORY_EVENTS: Final = (
     linux.IN_CREATE | linux.IN_DELETE | linux.IN_ONLYDIR | linux.IN_DONT_FOLLOW
 )
 _NOT_WATCHED: Final = -1
+_NOT_ENTERED: Final = -1
 _READ_SIZE: Final = 65536  # below malloc's mmap threshold: a bigger buffer is faulted in each time
 _LONGEST_PATH: Final = 3072  # the kernel refuses 4096; leaves room for a file name
 OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -161,6 +162,7 @@ class Tree:
         self._listener = listener
         self._watches: dict[int, Cgroup] = {}
         self._home = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._entered = self._home  # the descriptor of the working directory, if known
         self.exhausted = False  # fs.inotify.max_user_watches was reached since the last poll
         self._probe_birth_time = True
 
@@ -180,7 +182,7 @@ class Tree:
         scope = Scope(path, fd)
         self.scopes[path] = scope
         with self._working_directory():
-            os.fchdir(fd)
+            self._enter(scope, fd)
             self._watch(scope.root, b".")
             self._compare(scope.root)
         return scope
@@ -246,7 +248,7 @@ class Tree:
                 if cgroup.parent is not None:
                     self._place(cgroup.parent, cgroup.name, cgroup.born)
                 else:
-                    os.fchdir(cgroup.scope.fd)
+                    self._enter(cgroup.scope, cgroup.scope.fd)
                     self._watch(cgroup, b".")
                     self._scope_changed(cgroup.scope)
                 if not cgroup.gone:
@@ -287,6 +289,14 @@ class Tree:
             yield
         finally:
             os.fchdir(self._home)
+            self._entered = self._home
+
+    def _enter(self, scope: Scope, fd: int) -> None:
+        """Make FD, the scope's directory or one below it, the working directory."""
+        if fd != self._entered:
+            os.fchdir(fd)
+        # Another descriptor is closed soon, and its number may come back for another directory.
+        self._entered = fd if fd == scope.fd else _NOT_ENTERED
 
     def _scope_changed(self, scope: Scope) -> None:
         with suppress(OSError):  # a scope that is gone is the finder's business
@@ -308,7 +318,7 @@ class Tree:
         cgroup = Cgroup(parent.scope, parent, name, 0, born)
         try:
             with located(parent.scope, path) as (fd, short):
-                os.fchdir(fd)
+                self._enter(parent.scope, fd)
                 self._watch(cgroup, short)
                 status = os.stat(short, follow_symlinks=False)
                 if born is None and self._probe_birth_time:

@@ -8,6 +8,7 @@ that the kernel does not have, or whose contents make no sense, yields None for 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final
@@ -140,17 +141,17 @@ _Fields = dict[str, int]
 _Parser = Callable[[bytes], _Fields]
 
 
+_KEYED: Final = re.compile(rb"(?:[\w.]+ \d{1,20}\n)+")
+
+
 def _keyed(names: dict[bytes, str]) -> _Parser:
-    """Parser for "KEY VALUE" lines, of which NAMES says which to keep."""
+    """Parser for "KEY NUMBER" lines, of which NAMES says which to keep."""
+    wanted = re.compile(rb"^(%s) (\d+)$" % b"|".join(names), re.MULTILINE)
 
     def parse(data: bytes) -> _Fields:
-        words = data.split()
-        if not words:
-            raise ValueError("empty")
-        if len(words) != 2 * data.count(b"\n"):
-            raise ValueError("not lines of key and value")
-        pairs = zip(words[::2], words[1::2], strict=True)
-        return {names[key]: _number(value) for key, value in pairs if key in names}
+        if not _KEYED.fullmatch(data):
+            raise ValueError(f"not lines of key and number: {data[:40]!r}")
+        return {names[key]: _bounded(int(value)) for key, value in wanted.findall(data)}
 
     return parse
 
@@ -165,10 +166,16 @@ def _single(name: str) -> _Parser:
 
 
 def _number(text: bytes) -> int:
-    # int() would take signs, spaces, underscores, and more than 64 bits
-    if text.isdigit() and len(text) <= _DIGITS and (number := int(text)) <= _LARGEST:
-        return number
-    raise ValueError(f"not a number: {text[:40]!r}")
+    # int() would take signs, spaces and underscores, and any number of digits
+    if not text.isdigit() or len(text) > _DIGITS:
+        raise ValueError(f"not a number: {text[:40]!r}")
+    return _bounded(int(text))
+
+
+def _bounded(number: int) -> int:
+    if number > _LARGEST:
+        raise ValueError(f"more than 64 bits: {number}")
+    return number
 
 
 _IO_KEYS: Final = {

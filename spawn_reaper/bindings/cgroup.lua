@@ -1,16 +1,17 @@
 -- The object that cgroup_released() gets, its parents and their xattr tables.
 --
--- Called once with four functions of cgroup.py, the number of counters, and the names of the fields
--- that every release brings along, counters first, in their order. Returns new(subject, ...), which
--- takes those fields, and close(object), which makes everything that was got from it stale.
+-- Called once with four functions of cgroup.py and the names of the fields that every release brings
+-- along, in their order: first TIMES of them in microseconds, up to COUNTERS those that may be added
+-- up, then the others. Returns new(subject, ...), which takes those fields, and close(object), which
+-- makes everything that was got from it stale.
 
-local read_pressure, read_own, read_xattr, read_parent, counters = ...
+local read_pressure, read_own, read_xattr, read_parent, times, counters = ...
 
 local error, getmetatable, newproxy, setmetatable, type =
     error, getmetatable, newproxy, setmetatable, type
 local find, match = string.find, string.match
 
-local names = { select(6, ...) }
+local names = { select(7, ...) }
 local position = {}
 for i, name in ipairs(names) do
   position[name] = i
@@ -99,10 +100,16 @@ parent_prototype = class(function(self, key)
   end
 end)
 
+-- Scripts see seconds.
+local function value_of(values, i)
+  local value = values[i]
+  return value and i <= times and value / 1000000 or value
+end
+
 local function own_of(subject)
   local values, own = { read_own(subject) }, {}
   for i = 1, counters do
-    own[names[i]] = values[i]
+    own[names[i]] = value_of(values, i)
   end
   return own
 end
@@ -111,7 +118,7 @@ local release_prototype = class(function(self, key)
   local state = state_of(self)
   local i = position[key]
   if i then
-    return state[i]
+    return value_of(state, i)
   elseif key == "xattr" then
     return xattr_of(state, 0, state[position.path])
   elseif key == "parent" then

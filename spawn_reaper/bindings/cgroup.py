@@ -45,7 +45,7 @@ def fields_of(release: Release) -> tuple[Any, ...]:
     """Return what a release brings along into Lua, in the order of _FIELDS."""
     born = release.born
     return (
-        *_in_seconds(release.usage.counters),
+        *msgspec.structs.astuple(release.usage.counters),
         *msgspec.structs.astuple(release.usage.peaks),
         release.path,
         release.id.encode(),
@@ -67,6 +67,7 @@ class CgroupBinding:
             self._own,
             self._xattr,
             self._parent,
+            len(usage.TIME_COUNTERS),
             len(_COUNTERS),
             *(name.encode() for name in _FIELDS),
         )
@@ -89,8 +90,8 @@ class CgroupBinding:
             return None
         return None if pressure.some is None else pressure.some / 1e6
 
-    def _own(self, subject: Subject) -> tuple[float | None, ...]:
-        return _in_seconds(subject.release.own)
+    def _own(self, subject: Subject) -> tuple[int | None, ...]:
+        return msgspec.structs.astuple(subject.release.own)
 
     def _xattr(self, subject: Subject, level: int, path: bytes, name: bytes) -> bytes | None:
         """Return an attribute: copied for the cgroup and its parents in the scope, else read."""
@@ -116,18 +117,6 @@ class CgroupBinding:
             os.close(directory)
 
 
-def _in_seconds(counters: usage.Counters) -> tuple[int | float | None, ...]:
-    """Return all counters, the times among them converted to seconds."""
-    total, user, system, throttled, *rest = msgspec.structs.astuple(counters)
-    return (
-        None if total is None else total / 1e6,
-        None if user is None else user / 1e6,
-        None if system is None else system / 1e6,
-        None if throttled is None else throttled / 1e6,
-        *rest,
-    )
-
-
 def _read_field(directory: int, field: bytes) -> int | float | None:
     if field in (b"btime", b"age"):
         born = linux.birth_time(directory, b".")
@@ -145,4 +134,5 @@ def _read_field(directory: int, field: bytes) -> int | float | None:
     if name in _PEAKS:
         peak: int | None = getattr(found.peaks, name)
         return peak
-    return _in_seconds(found.counters)[_COUNTERS.index(name)]
+    counter: int | None = getattr(found.counters, name)
+    return counter / 1e6 if counter is not None and name in usage.TIME_COUNTERS else counter

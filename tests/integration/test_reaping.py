@@ -390,8 +390,8 @@ def test_attributes_may_hold_any_byte_and_outlive_the_directory(host: Host, scop
 @pytest.mark.parametrize(
     ("contents", "complaint"),
     [
-        (b"", "cpu.stat: empty"),
-        (b"usage_usec lots\n", "cpu.stat: not a number: b'lots'"),
+        (b"", "cpu.stat: not lines of key and number: b''"),
+        (b"usage_usec lots\n", "cpu.stat: not lines of key and number: b'usage_usec lots"),
         (b"usage_usec\n", "cpu.stat: "),
         (None, None),
     ],
