@@ -150,7 +150,7 @@ def _cgroup_root(arguments: argparse.Namespace) -> tuple[bytes, frozenset[bytes]
     if not root:
         raise Unusable("no cgroup v2 hierarchy is mounted; --cgroup-root names one")
     root = os.path.abspath(root)
-    if not os.path.exists(root + b"/cgroup.procs"):
+    if not os.path.exists(root + b"/cgroup.controllers"):  # version 1 has no such file
         raise Unusable(f"{os.fsdecode(root)}: not a cgroup v2 directory")
     return root, mount.options if mount else frozenset()
 
@@ -221,7 +221,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
             grace=settings.grace,
             unclaimed=settings.unclaimed,
             log_lines=settings.log,
-            released=script.released if script and script.handles_releases else None,
+            hooks=script if script and script.handles_releases else None,
         )
         reaper.start()
         _freeze_memory()

@@ -7,9 +7,11 @@ which is the cgroup's identity; knows nothing of when, and deletes nothing.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Final
 
@@ -22,13 +24,17 @@ from spawn_reaper.tree import OPEN_DIRECTORY, Cgroup, located
 
 _log = logging.getLogger(__name__)
 
+# A pattern of a script may take time quadratic in the length of a value, and no limit on handlers
+# reaches into Lua's own functions.
+_ATTRIBUTE_SIZE: Final = 4096
+_ATTRIBUTE_LEVELS: Final = 8  # of a cgroup and its parents
 _NO_ATTRIBUTES: Final[Attributes] = MappingProxyType({})
 
 
 class Opened:
     """A cgroup that is being looked at, with its directory and its cpu.stat open."""
 
-    __slots__ = ("cgroup", "cpu", "cpu_stat", "directory", "path", "release")
+    __slots__ = ("cgroup", "cpu", "cpu_stat", "directory", "frozen", "path", "release")
 
     def __init__(self, cgroup: Cgroup, path: bytes, directory: int) -> None:
         self.cgroup = cgroup
@@ -36,6 +42,7 @@ class Opened:
         self.directory = directory
         self.cpu = -1
         self.cpu_stat = b""  # as it was when the record was made
+        self.frozen = False  # by somebody else, when it was looked at
         self.release: Release | None = None  # what was recorded of it, if anything was
 
     def close(self) -> None:
@@ -45,15 +52,10 @@ class Opened:
         os.close(self.directory)
 
     def read_cpu_stat(self) -> bytes:
-        """Return cpu.stat as it is now; empty if it cannot be read."""
-        try:
-            if self.cpu < 0:
-                self.cpu = os.open(
-                    usage.CPU_STAT, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.directory
-                )
-            return usage.read_descriptor(self.cpu)
-        except OSError:
-            return b""
+        """Return cpu.stat as it is now; OSError if it cannot be read."""
+        if self.cpu < 0:
+            self.cpu = os.open(usage.CPU_STAT, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.directory)
+        return usage.read_descriptor(self.cpu)
 
 
 class Accounts:
@@ -75,14 +77,15 @@ class Accounts:
         self._batch_attributes.clear()
 
     def read(self, opened: Opened) -> usage.Usage:
-        """Read the statistics of a cgroup, as the kernel counts."""
+        """Read the statistics of a cgroup, as the kernel counts.
+
+        OSError if they cannot be read now; a file that does not exist is none of them.
+        """
         opened.cpu_stat = opened.read_cpu_stat()
         contents = [(usage.CPU_STAT, opened.cpu_stat)]
         for name in self._files_of(opened):
-            try:
+            with suppress(FileNotFoundError):  # its controller was turned off meanwhile
                 contents.append((name, usage.read_file(opened.directory, name)))
-            except OSError as error:
-                self._complain(f"{name.decode()}: {error.strerror}", opened)
         result, malformed = usage.parse_usage(contents)
         for problem in malformed:
             self._complain(str(problem), opened)
@@ -110,6 +113,15 @@ class Accounts:
             return None
         return self._record(opened, found, own, None, remainder=True)
 
+    def bequeath(self, cgroup: Cgroup) -> None:
+        """Pass what was recorded for a deleted cgroup on to its parent, which still counts it.
+
+        A cgroup with children is never recorded, so this is early enough.
+        """
+        parent = cgroup.parent
+        if parent and parent.parent and cgroup.accounted is not usage.NO_COUNTERS:
+            parent.accounted = usage.add(parent.accounted, cgroup.accounted, without=self._local)
+
     def _record(
         self,
         opened: Opened,
@@ -122,10 +134,9 @@ class Accounts:
         cgroup = opened.cgroup
         cgroup.accounted = usage.add(cgroup.accounted, own)
         # Attributes stay readable through the open directory even after the deletion.
-        attributes = [_read_attributes(opened.directory)]
+        attributes = [self._read_attributes(opened.directory)]
         parent = cgroup.parent
-        while parent is not None and parent.parent is not None:
-            parent.accounted = usage.add(parent.accounted, own, without=self._local)
+        while parent and parent.parent and len(attributes) < _ATTRIBUTE_LEVELS:
             attributes.append(self._attributes_of(parent))
             parent = parent.parent
         return Release(
@@ -155,6 +166,8 @@ class Accounts:
                 control = usage.read_file(fd, os.path.join(path, b"cgroup.subtree_control"))
             if control not in self._files:
                 present = {os.fsencode(name) for name in os.listdir(opened.directory)}
+                if usage.CPU_STAT not in present:  # always there, unless the cgroup is gone
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
                 wanted = usage.STATISTICS_FILES - {usage.CPU_STAT}
                 self._files[control] = tuple(sorted(wanted & present))
             self._batch_files[parent] = self._files[control]
@@ -168,7 +181,7 @@ class Accounts:
                 with located(cgroup.scope, cgroup.path()) as (fd, path):
                     directory = os.open(path, OPEN_DIRECTORY, dir_fd=fd)
                 try:
-                    attributes = _read_attributes(directory)
+                    attributes = self._read_attributes(directory)
                 finally:
                     os.close(directory)
             except OSError:
@@ -176,25 +189,26 @@ class Accounts:
             self._batch_attributes[cgroup] = attributes
         return self._batch_attributes[cgroup]
 
+    def _read_attributes(self, directory: int) -> Attributes:
+        """Return the attributes of an open cgroup, without what is too long to be meant well."""
+        try:
+            names = os.listxattr(directory)
+            if not names:
+                return _NO_ATTRIBUTES
+            attributes = {
+                os.fsencode(name): os.getxattr(directory, name)
+                for name in names
+                if name.startswith("user.")
+            }
+        except OSError:
+            return _NO_ATTRIBUTES
+        return {name: value for name, value in attributes.items() if len(value) <= _ATTRIBUTE_SIZE}
+
     def _complain(self, problem: str, opened: Opened) -> None:
         """Say once for each kind of problem that a file cannot be used."""
         if problem not in self._complained and len(self._complained) < 100:
             self._complained.add(problem)
             _log.warning("%s: %s", printable(opened.path).decode(), problem)
-
-
-def _read_attributes(directory: int) -> Attributes:
-    try:
-        names = os.listxattr(directory)
-        if not names:
-            return _NO_ATTRIBUTES
-        return {
-            os.fsencode(name): os.getxattr(directory, name)
-            for name in names
-            if name.startswith("user.")
-        }
-    except OSError:
-        return _NO_ATTRIBUTES
 
 
 def _read_pressures(directory: int) -> Pressures:

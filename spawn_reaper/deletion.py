@@ -48,14 +48,17 @@ def deletions(batch: Iterable[Opened]) -> Iterator[set[Scope]]:
 
 
 def delete(opened: Opened, noted: set[Scope]) -> bytes:
-    """Delete a cgroup that was empty a moment ago, and return its last cpu.stat.
+    """Delete a cgroup that was empty a moment ago, and return its last cpu.stat, empty if unknown.
 
     OSError as from rmdir(2): EBUSY if somebody moved in. FileNotFoundError is none: somebody else
     has deleted it, which is as good.
     """
     scope = opened.cgroup.scope
-    frozen = scope in noted and _directly_in_scope(opened) and _write_freeze(opened, b"1")
-    last = opened.read_cpu_stat()
+    freeze = scope in noted and _directly_in_scope(opened) and not opened.frozen
+    frozen = freeze and _write_freeze(opened, b"1")
+    last = b""
+    with suppress(OSError):  # somebody else has deleted it
+        last = opened.read_cpu_stat()
     try:
         with located(scope, opened.path) as (fd, path):
             os.rmdir(path, dir_fd=fd)

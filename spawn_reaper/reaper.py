@@ -14,18 +14,18 @@ import math
 import os
 import select
 import time
-from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
 from spawn_common.service import AlreadyRunning, Claims
 from spawn_reaper.accounts import Accounts, Opened
-from spawn_reaper.bindings.cgroup import Subject
+from spawn_reaper.baselines import load_baselines, save_baselines
 from spawn_reaper.deletion import delete, deletions, recover
+from spawn_reaper.release import Release
 from spawn_reaper.report import printable, release_line
+from spawn_reaper.schedule import Schedule
 from spawn_reaper.scopes import ScopeFinder
 from spawn_reaper.tree import OPEN_DIRECTORY, Cgroup, Scope, Tree, located
 from spawn_reaper.usage import CPU_STAT, read_file
@@ -38,12 +38,22 @@ _PAUSE: Final = 0.01
 _POLL: Final = 2.0  # seconds between looks at what cannot be watched
 _CHUNK: Final = 64  # cgroups whose descriptors are open at the same time
 _FLUSH: Final = 8  # cgroups in a batch for which flushing the scope's statistics is worth it
-_BATCH: Final = 1024  # cgroups after which events are read again
+_BATCH: Final = 256  # cgroups after which events are read again
+_SCAN: Final = 3.0  # seconds from one scan of everything to the next
 _FULL: Final = 32768  # bytes of events that say that there are more
 _RETRY: Final = 60.0  # seconds until a refused deletion is tried again
 _STDERR: Final = 2
 _EMPTY: Final = b"populated 0\nfrozen 0\n"
-_UNCLAIMED: Final = math.inf  # as a cgroup's due time: not before an event or a far deadline
+
+
+class Hooks(Protocol):
+    """What is told of each release."""
+
+    def released(self, release: Release, directory: int | None) -> None:
+        """Handle a release; DIRECTORY is the cgroup's open directory, None if it is deleted."""
+
+    def deleted(self, release: Release) -> None:
+        """Forget the directory of a release: it is about to be closed."""
 
 
 class Reaper:
@@ -58,28 +68,29 @@ class Reaper:
         grace: float,
         unclaimed: float,
         log_lines: bool,
-        released: Callable[[Subject], None] | None,
+        hooks: Hooks | None,
     ) -> None:
-        """GRACE and UNCLAIMED are seconds; RELEASED is the script's function, if it has one."""
+        """GRACE and UNCLAIMED are seconds."""
         self._finder = finder
         self._accounts = accounts
         self._claims = claims
         self._grace = grace
         self._unclaimed_time = unclaimed
         self._log_lines = log_lines
-        self._released = released
+        self._hooks = hooks
         self._tree = Tree(self)
         self._now = time.monotonic()
-        self._due: deque[tuple[float, Cgroup]] = deque()
-        self._unclaimed: deque[tuple[float, Cgroup]] = deque()
-        self._emptied: set[Scope] = set()
+        self._schedule = Schedule()
         self._complaints: set[tuple[bytes, int | None]] = set()
+        self._refused: set[str] = set()  # scopes that another reaper manages
         self._exhausted = False
         self._started = False
         self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_end = math.inf
         self._poll_timer: asyncio.TimerHandle | None = None
+        self._scan_timer: asyncio.TimerHandle | None = None
+        self._scanned = -_SCAN  # monotonic time of the last scan
         self.released_count = 0
         self.unread_count = 0
 
@@ -101,9 +112,11 @@ class Reaper:
         self._stopped = True
         self._loop.remove_reader(self._finder.fd)
         self._loop.remove_reader(self._tree.fd)
-        for timer in (self._timer, self._poll_timer):
+        for timer in (self._timer, self._poll_timer, self._scan_timer):
             if timer is not None:
                 timer.cancel()
+        for scope in self._tree.scopes.values():
+            save_baselines(scope)
         self._tree.close()
         self._finder.close()
 
@@ -124,7 +137,12 @@ class Reaper:
 
     def _find_scopes(self) -> None:
         """Bring the managed scopes in line with what exists."""
-        found = self._finder.find()
+        try:
+            found = self._finder.find()
+        except OSError as error:  # out of descriptors or memory: ask again later
+            _log.error("cannot look for scopes: %s", error.strerror)
+            self._arm_poll()
+            return
         for path, scope in list(self._tree.scopes.items()):
             if found.get(path) != scope.root.inode:
                 _log.info("scope %s is gone", printable(path).decode())
@@ -135,21 +153,30 @@ class Reaper:
         self._arm_poll()
 
     def _adopt(self, path: bytes) -> None:
+        """Begin to manage a scope; if that fails, it is tried again at the next poll."""
+        name = os.fsdecode(path)
         try:
-            self._claims.take(os.fsdecode(path))
+            self._claims.take(name)
         except AlreadyRunning as error:
             if not self._started:
                 raise
-            _log.error("%s", error)
+            self._finder.incomplete = True
+            if name not in self._refused:
+                self._refused.add(name)
+                _log.error("%s", error)
             return
         try:
-            recover(self._tree.adopt(path, self._finder.open(path)))
+            scope = self._tree.adopt(path, self._finder.open(path))
         except OSError as error:
-            self._claims.give_back(os.fsdecode(path))
+            self._claims.give_back(name)
             if error.errno != errno.ENOENT:
+                self._finder.incomplete = True
                 _log.error("scope %s: %s", printable(path).decode(), error.strerror)
-        else:
-            _log.info("watching scope %s", printable(path).decode())
+            return
+        recover(scope)
+        load_baselines(scope)
+        self._refused.discard(name)
+        _log.info("watching scope %s", printable(path).decode())
 
     def _tree_readable(self) -> None:
         self._loop.remove_reader(self._tree.fd)
@@ -160,14 +187,28 @@ class Reaper:
         if self._stopped:
             return
         self._now = time.monotonic()
-        size = self._tree.handle_events()
-        if size >= _FULL:
-            self._loop.call_soon(self._read_events)
-        elif size:
-            self._loop.call_later(_PAUSE, self._read_events)
-        else:
-            self._loop.add_reader(self._tree.fd, self._tree_readable)
+        size = _FULL  # after a mistake of ours, which the loop reports, there may be more to read
+        try:
+            size = self._tree.handle_events()
+        finally:
+            if size >= _FULL:
+                self._loop.call_soon(self._read_events)
+            elif size:
+                self._loop.call_later(_PAUSE, self._read_events)
+            else:
+                self._loop.add_reader(self._tree.fd, self._tree_readable)
+        if self._tree.overflowed and self._scan_timer is None:
+            # Not at once if it was only just done: a flood would keep us scanning.
+            start = max(self._now, self._scanned + _SCAN)
+            self._scan_timer = self._loop.call_at(start, self._scan)
         self._arm_poll()
+
+    def _scan(self) -> None:
+        self._scan_timer = None
+        self._now = time.monotonic()
+        _log.warning("the inotify queue overflowed, scanning all scopes again")
+        self._tree.scan()
+        self._scanned = time.monotonic()
 
     def _arm_poll(self) -> None:
         if self._tree.exhausted and not self._exhausted:
@@ -194,66 +235,50 @@ class Reaper:
 
     def touched(self, cgroup: Cgroup) -> None:
         """Look at the cgroup when it has been left alone for the grace time."""
-        due = self._now + self._grace
-        if cgroup.due is None or cgroup.due == _UNCLAIMED:
-            self._due.append((due, cgroup))
-            if due < self._timer_end:
-                self._arm()
-        cgroup.due = due
+        self._look_at(self._now + self._grace, cgroup)
 
     def vanished(self, cgroup: Cgroup) -> None:
-        """Say that a cgroup is gone whose use was not recorded (or not all of it)."""
-        if cgroup.reported and not cgroup.used:
-            return
-        self.unread_count += 1
-        _log.warning(
-            "%s: deleted by somebody else before it could be accounted for", _display(cgroup)
-        )
+        """Take note that somebody else deleted a cgroup; say so if its use was not recorded."""
+        self._accounts.bequeath(cgroup)
+        if cgroup.used:
+            self.unread_count += 1
+            _log.warning(
+                "%s: deleted by somebody else before it could be accounted for", _display(cgroup)
+            )
 
     def emptied(self, scope: Scope) -> None:
         """Hurry: the service manager is about to delete everything in the scope."""
-        if not self._emptied:
-            self._loop.call_soon(self._settle_emptied)
-        self._emptied.add(scope)
+        soon = self._now + self._grace
+        for cgroup in scope.root.descendants():
+            # What has not been used yet, and is known to be so, is left to its spawner.
+            if cgroup.used or cgroup.due is None or cgroup.due <= soon:
+                self._look_at(self._now, cgroup)
 
     # Batches
+
+    def _look_at(self, when: float, cgroup: Cgroup) -> None:
+        self._schedule.at(when, cgroup)
+        if when < self._timer_end:
+            self._arm()
 
     def _arm(self) -> None:
         """Set the timer for whatever comes first."""
         if self._timer is not None:
             self._timer.cancel()
-        ends = [queue[0][0] for queue in (self._due, self._unclaimed) if queue]
-        self._timer_end = min(ends, default=math.inf)
-        if ends and not self._stopped:
+            self._timer = None
+        self._timer_end = self._schedule.next_time()
+        if self._timer_end < math.inf and not self._stopped:
             self._timer = self._loop.call_at(self._timer_end, self._settle)
 
     def _settle(self) -> None:
-        """Deal with everything that is due."""
+        """Deal with what is due, and come back for the rest after other events."""
         self._timer = None
-        self._now = now = time.monotonic()
-        while self._unclaimed and self._unclaimed[0][0] <= now:
-            _, cgroup = self._unclaimed.popleft()
-            if cgroup.due == _UNCLAIMED and not cgroup.gone:
-                self.touched(cgroup)
-        batch: list[Cgroup] = []
-        due = self._due
-        while due and due[0][0] <= now and len(batch) < _BATCH:
-            _, cgroup = due.popleft()
-            if cgroup.gone or cgroup.due is None or cgroup.due == _UNCLAIMED:
-                continue
-            if cgroup.due > now:  # touched again meanwhile
-                due.append((cgroup.due, cgroup))
-            else:
-                batch.append(cgroup)
-        self._settle_batch(batch)
-        self._arm()
-
-    def _settle_emptied(self) -> None:
-        scopes, self._emptied = self._emptied, set()
+        self._timer_end = math.inf
         self._now = time.monotonic()
-        for scope in scopes:
-            members = list(scope.root.descendants())
-            self._settle_batch([c for c in members if c.used or c.due != _UNCLAIMED])
+        try:
+            self._settle_batch(self._schedule.take_due(self._now, _BATCH))
+        finally:
+            self._arm()
 
     def _settle_batch(self, cgroups: list[Cgroup]) -> None:
         """Release what can be released, children before their parents."""
@@ -276,18 +301,18 @@ class Reaper:
         try:
             for cgroup in cgroups:
                 if not cgroup.gone:
-                    cgroup.due = None
                     self._look(cgroup, settled)
-            releases = [opened for opened in settled if opened.release]
-            self._report(releases)
-            subjects = self._call_script(releases)
+            self._report(settled)
+            for opened in settled:
+                if opened.release:
+                    self._hand_over(opened.release, opened.directory)
             with deletions(settled) as noted:
                 for opened in settled:
                     self._delete(opened, noted)
-            for subject in subjects:
-                subject.directory = None
         finally:
             for opened in settled:
+                if opened.release and self._hooks:
+                    self._hooks.deleted(opened.release)
                 opened.close()
 
     def _look(self, cgroup: Cgroup, settled: list[Opened]) -> None:
@@ -320,6 +345,7 @@ class Reaper:
             cgroup.used = True
             return False
         # It is frozen, and that is what we were notified of; only numbers can show its use.
+        opened.frozen = True
         cgroup.used = False
         return True
 
@@ -336,7 +362,7 @@ class Reaper:
         if not cgroup.used and not found.shows_use():
             end = cgroup.seen + self._unclaimed_time
             if self._now < end:
-                self._postpone(cgroup, end)
+                self._look_at(end, cgroup)
                 return False
         opened.release = self._accounts.record(opened, found, own)
         return True
@@ -352,41 +378,30 @@ class Reaper:
             self._tree.look_below(cgroup)
         return status.st_nlink <= 2  # removing the last child brings us back
 
-    def _postpone(self, cgroup: Cgroup, until: float) -> None:
-        cgroup.due = _UNCLAIMED
-        self._unclaimed.append((until, cgroup))
-
     def _cannot_look(self, cgroup: Cgroup, error: OSError) -> None:
         if error.errno in (errno.ENOENT, errno.ENODEV):
             self._tree.lost(cgroup)
-        elif error.errno not in (errno.EACCES, errno.EPERM):
-            # Out of descriptors or memory: later. What we may not read counts as populated.
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            self._tree.unwatched.add(cgroup)  # counts as populated until poll may read it
+            self._arm_poll()
+        else:
+            # Out of descriptors or memory: later.
             self._complain(cgroup, error)
-            self._postpone(cgroup, self._now + _POLL)
+            self._look_at(self._now + _POLL, cgroup)
 
-    def _report(self, releases: list[Opened]) -> None:
-        if self._log_lines and releases:
-            lines = [release_line(opened.release) for opened in releases if opened.release]
+    def _report(self, settled: list[Opened]) -> None:
+        if self._log_lines:
+            lines = [release_line(opened.release) for opened in settled if opened.release]
             _write_all(_STDERR, b"".join(lines))
 
-    def _call_script(self, releases: list[Opened]) -> list[Subject]:
-        """Let the script's handlers begin, while the directories still exist."""
-        if self._released is None:
-            return []
-        subjects = [
-            Subject(opened.release, opened.directory) for opened in releases if opened.release
-        ]
-        for subject in subjects:
-            self._hand_over(subject)
-        return subjects
-
-    def _hand_over(self, subject: Subject) -> None:
-        assert self._released is not None
+    def _hand_over(self, release: Release, directory: int | None) -> None:
+        if self._hooks is None:
+            return
         try:
-            self._released(subject)
+            self._hooks.released(release, directory)
         except Exception:
             # A mistake of ours in one handler must not keep the others from being deleted.
-            _log.exception("%s", printable(subject.release.path).decode())
+            _log.exception("%s", printable(release.path).decode())
 
     def _delete(self, opened: Opened, noted: set[Scope]) -> None:
         cgroup = opened.cgroup
@@ -396,12 +411,13 @@ class Reaper:
         except OSError as error:
             self._not_deleted(cgroup, error)
             return
-        self._tree.forget(cgroup)
-        self.released_count += 1
         if last != opened.cpu_stat and last:
             remainder = self._accounts.remainder(opened, last)
-            if remainder is not None and self._released is not None:
-                self._hand_over(Subject(remainder, None))
+            if remainder is not None:
+                self._hand_over(remainder, None)
+        self._accounts.bequeath(cgroup)
+        self._tree.forget(cgroup)
+        self.released_count += 1
 
     def _not_deleted(self, cgroup: Cgroup, error: OSError) -> None:
         """Keep a cgroup that lives on, or that we may not delete."""
@@ -409,7 +425,7 @@ class Reaper:
         self._tree.look_at(cgroup.parent, cgroup.name)  # somebody may have moved in
         if error.errno != errno.EBUSY and not cgroup.gone:
             self._complain(cgroup, error)
-            self._postpone(cgroup, self._now + _RETRY)
+            self._look_at(self._now + _RETRY, cgroup)
 
     def _complain(self, cgroup: Cgroup, error: OSError) -> None:
         """Log an error once for each scope and kind."""

@@ -66,13 +66,16 @@ class ScopeFinder:
         """Return the inode of each scope that exists now, by its path below the root.
 
         A match inside another match is left out: it is managed as part of the outer one. On
-        return, everything on the way to a scope that may appear is watched.
+        return, everything on the way to a scope that may appear is watched. OSError if it cannot
+        be known what exists, for want of descriptors or memory.
         """
-        self.incomplete = False
+        self.incomplete = True
         watches: dict[int, set[bytes]] = {}
         found: dict[bytes, int] = {}
+        complete = True
         for pattern in self._patterns:
-            found.update(self._match(pattern, watches))
+            complete &= self._match(pattern, watches, found)
+        self.incomplete = not complete
         for watch in self._watches.keys() - watches.keys():
             linux.inotify_rm_watch(self.fd, watch)
         self._watches = watches
@@ -82,8 +85,14 @@ class ScopeFinder:
         """Open the directory of a scope that was found."""
         return os.open(self._root + path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def _match(self, pattern: list[bytes], watches: dict[int, set[bytes]]) -> dict[bytes, int]:
-        """Walk down PATTERN, placing each directory's watch before looking into it."""
+    def _match(
+        self, pattern: list[bytes], watches: dict[int, set[bytes]], found: dict[bytes, int]
+    ) -> bool:
+        """Walk down PATTERN, placing each directory's watch before looking into it.
+
+        Adds to WATCHES and FOUND; returns whether all watches could be placed.
+        """
+        complete = True
         level = {b"": 0}
         for name in pattern:
             below: dict[bytes, int] = {}
@@ -95,13 +104,14 @@ class ScopeFinder:
                 except FileNotFoundError:
                     continue
                 except OSError:  # no permission, or no room for another watch
-                    self.incomplete = True
-                with suppress(OSError):
+                    complete = False
+                with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                     below.update(
                         (path + b"/" + entry, inode) for entry, inode in _entries(directory, name)
                     )
             level = below
-        return level
+        found.update(level)
+        return complete
 
 
 def _entries(directory: bytes, pattern: bytes) -> Iterator[tuple[bytes, int]]:

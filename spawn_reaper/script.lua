@@ -1,6 +1,6 @@
 -- The Lua side of script.py: runs handlers as coroutines, under limits.
 --
--- Called once with the limits and a function that takes (subject, message) when a handler fails.
+-- Called once with the limits and a function that takes (path, message) when a handler fails.
 -- Returns the functions that script.py calls. Whatever the script may replace later (coroutine,
 -- error, ...) is kept in locals.
 
@@ -25,6 +25,11 @@ package.loaded.python = nil
 
 -- A pipe would be buffered in blocks.
 io.stdout:setvbuf("line")
+
+-- A script that could end the daemon would end it in the middle of a batch.
+os.exit = function()
+  error("os.exit() is not available: the daemon goes on", 2)
+end
 
 -- The only hook there is, and it is ours.
 debug.sethook = function()
@@ -53,17 +58,14 @@ local strict = false -- a handler has used up its CPU time
 local cpu_end = 0
 
 local function check()
-  if not limited then
-    return
+  if not limited or getinfo(2, "S").source == OURS then
+    return -- what happens in this file is not the script's fault
   end
   if clock() > cpu_end then
-    -- From now on every instruction of the script fails, so that no pcall in it can go on; what
-    -- follows in this file is not the script's fault.
+    -- From now on every instruction of the script fails, so that no pcall in it can go on.
     strict = true
     sethook(check, "", 1)
-    if getinfo(2, "S").source ~= OURS then
-      error(placed(format("used more than %g s of CPU time", cpu_limit)), 0)
-    end
+    error(placed(format("used more than %g s of CPU time", cpu_limit)), 0)
   end
   if collectgarbage("count") * 1024 > memory_limit then
     collectgarbage()
@@ -125,11 +127,11 @@ end
 local closers = setmetatable({}, { __mode = "k" })
 
 -- Returns a function that runs HANDLER in a coroutine of its own, up to its end or its first yield.
--- What that function takes, after the subject for failed(), goes to NEW, which makes HANDLER's
--- argument; CLOSE is called with the argument when the handler has ended, however that came about.
+-- What that function takes, after the path for failed(), goes to NEW, which makes HANDLER's argument;
+-- CLOSE is called with the argument when the handler has ended, however that came about.
 local function starter(handler, new, close)
-  return function(subject, ...)
-    local object = new and new(subject, ...)
+  return function(path, ...)
+    local object = new and new(...)
 
     local co = create(function()
       local ok, message = xpcall(handler, locate, object)
@@ -138,7 +140,7 @@ local function starter(handler, new, close)
         close(object)
       end
       if not ok then
-        failed(subject, message)
+        failed(path, message)
       end
       limited = true -- whoever resumed it, if that was not us
       if not ok then

@@ -12,13 +12,15 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from spawn_reaper.bindings.cgroup import CgroupBinding, Subject, fields_of
+from spawn_reaper.bindings.cgroup import CgroupBinding, fields_of
+from spawn_reaper.release import Release
 from spawn_reaper.report import one_line, printable
 from spawn_reaper.settings import Handlers
 
@@ -37,6 +39,8 @@ _CPATH: Final = (
     "/usr/local/lib/lua/5.1/loadall.so"
 )
 
+_TURN: Final = 0.1  # seconds for which handlers may begin before the daemon looks at its events
+
 # What a slice of a coroutine returns (script.lua): DONE or PARKED, or else a tuple whose further
 # elements are the coroutine and the operation that it waits for.
 _NOT_WAITING: Final = (0, 1)
@@ -49,10 +53,10 @@ class ScriptError(Exception):
 class _Handler:
     """A coroutine of the script that waits for an operation of ours."""
 
-    __slots__ = ("coroutine", "ended", "expired", "operation", "subject", "timer")
+    __slots__ = ("coroutine", "ended", "expired", "operation", "path", "timer")
 
-    def __init__(self, subject: Subject | None, ended: Callable[[], None]) -> None:
-        self.subject = subject
+    def __init__(self, path: bytes | None, ended: Callable[[], None]) -> None:
+        self.path = path  # of the released cgroup, if it is about one
         self.ended = ended
         self.coroutine: Any = None
         self.operation: asyncio.Future[Any] | None = None
@@ -77,7 +81,9 @@ class Script:
         self._loading = False
         self._load_error: str | None = None
         self._running: set[_Handler] = set()
-        self._queue: deque[Subject] = deque()
+        self._queue: deque[Release] = deque()
+        self._turn: asyncio.Handle | None = None
+        self._turn_end = 0.0  # monotonic time until which handlers may begin in this turn
         self._reloading = False
         self._reload_waiting: list[Callable[[], None]] = []
 
@@ -149,8 +155,9 @@ class Script:
         while (self._running or self._queue) and asyncio.get_running_loop().time() < end:
             waiting = [handler.operation for handler in self._running if handler.operation]
             timeout = max(0.0, end - asyncio.get_running_loop().time())
-            await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.sleep(0)  # let the callbacks of what was completed run
+            if waiting:
+                await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.sleep(0)  # let what follows from that happen
         left = len(self._running) + len(self._queue)
         self._queue.clear()
         for handler in list(self._running):
@@ -159,21 +166,48 @@ class Script:
 
     # Handlers
 
-    def released(self, subject: Subject) -> None:
-        """Call ``cgroup_released``, now if fewer handlers run than may, else in its turn."""
-        if self._queue or len(self._running) >= self._limits.running:
-            self._queue.append(subject)
-        else:
-            self._handle(subject)
+    def released(self, release: Release, directory: int | None) -> None:
+        """Call ``cgroup_released``: now, or if there is too much to do, in its turn.
 
-    def _handle(self, subject: Subject) -> None:
-        result = self._begin(subject, *fields_of(subject.release))
-        if result not in _NOT_WAITING:
-            self._suspend(_Handler(subject, self._handle_next), result)
+        While deleted() has not been called, the handler may read from DIRECTORY.
+        """
+        if self._queue or not self._may_begin():
+            self._queue.append(release)
+            self._take_turn_soon()
+            return
+        if directory is not None:
+            self._cgroups.directories[release.id.encode()] = directory
+        self._handle(release)
 
-    def _handle_next(self) -> None:
-        while self._queue and len(self._running) < self._limits.running:
+    def deleted(self, release: Release) -> None:
+        """Forget the directory of a release."""
+        self._cgroups.directories.pop(release.id.encode(), None)
+
+    def _may_begin(self) -> bool:
+        """Whether one more handler may begin without holding up the daemon's other work."""
+        if len(self._running) >= self._limits.running:
+            return False
+        now = time.monotonic()
+        if self._turn is None:
+            # The first since the loop came round: the turn begins, and ends when it does again.
+            self._turn_end = now + _TURN
+            self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
+        return now < self._turn_end
+
+    def _take_turn_soon(self) -> None:
+        if self._turn is None:
+            self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
+
+    def _take_turn(self) -> None:
+        """Begin the handlers that had to wait, until the turn is over."""
+        self._turn = None
+        while self._queue and self._may_begin():
             self._handle(self._queue.popleft())
+
+    def _handle(self, release: Release) -> None:
+        result = self._begin(release.path, *fields_of(release))
+        if result not in _NOT_WAITING:
+            self._suspend(_Handler(release.path, self._take_turn_soon), result)
 
     def _run(self, function: Any, handler: _Handler) -> None:
         """Run a function of the script that is not about a release."""
@@ -221,7 +255,7 @@ class Script:
         """End a handler that caught the error for its time and went on waiting."""
         assert handler.operation is not None
         handler.operation.cancel()
-        self._failed(handler.subject, b"went on after its time was over")
+        self._failed(handler.path, b"went on after its time was over")
         self._abandoned(handler.coroutine)
         self._end(handler)
 
@@ -231,11 +265,11 @@ class Script:
         self._running.discard(handler)
         handler.ended()
 
-    def _failed(self, subject: Subject | None, message: bytes) -> None:
+    def _failed(self, path: bytes | None, message: bytes) -> None:
         """Report an error of the script; called by Lua where it happened."""
         text = one_line(message)
-        if subject is not None:
-            _log.error("%s: %s", printable(subject.release.path).decode(), text)
+        if path is not None:
+            _log.error("%s: %s", printable(path).decode(), text)
         elif self._loading:
             self._load_error = text
         else:

@@ -18,7 +18,6 @@ What the kernel does, and what follows from it:
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -26,14 +25,12 @@ from contextlib import contextmanager, suppress
 from typing import Final, Protocol
 
 from spawn_common import linux
-from spawn_reaper.report import printable
 from spawn_reaper.usage import NO_COUNTERS, Counters, read_file
-
-_log = logging.getLogger(__name__)
 
 _DIRECTORY_EVENTS: Final = (
     linux.IN_CREATE | linux.IN_DELETE | linux.IN_ONLYDIR | linux.IN_DONT_FOLLOW
 )
+_ABSENT: Final = (errno.ENOENT, errno.ENODEV)
 _NOT_WATCHED: Final = -1
 _NOT_ENTERED: Final = -1
 _READ_SIZE: Final = 65536  # below malloc's mmap threshold: a bigger buffer is faulted in each time
@@ -161,8 +158,9 @@ class Tree:
         self.count = 0  # of live cgroups, scopes not counted
         self._listener = listener
         self._watches: dict[int, Cgroup] = {}
-        self._home = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._home = _open_working_directory()
         self._entered = self._home  # the descriptor of the working directory, if known
+        self.overflowed = False  # events were lost since the last scan
         self.exhausted = False  # fs.inotify.max_user_watches was reached since the last poll
         self._probe_birth_time = True
 
@@ -180,11 +178,16 @@ class Tree:
     def adopt(self, path: bytes, fd: int) -> Scope:
         """Manage the scope at PATH, whose directory is open as FD (which is ours from now on)."""
         scope = Scope(path, fd)
+        try:
+            with self._working_directory():
+                self._enter(scope, fd)
+                self._watch(scope.root, b".")
+                self._compare(scope.root)
+        except OSError:
+            self.lost(scope.root)
+            os.close(fd)
+            raise
         self.scopes[path] = scope
-        with self._working_directory():
-            self._enter(scope, fd)
-            self._watch(scope.root, b".")
-            self._compare(scope.root)
         return scope
 
     def drop(self, scope: Scope) -> None:
@@ -205,14 +208,14 @@ class Tree:
             data = os.read(self.fd, _READ_SIZE)
         except BlockingIOError:
             return 0
-        overflow = False
         watches, touched = self._watches, self._listener.touched
         now = time.time()
         with self._working_directory():
             for watch, mask, name in linux.parse_inotify_events(data):
                 cgroup = watches.get(watch)
                 if cgroup is None:
-                    overflow = overflow or bool(mask & linux.IN_Q_OVERFLOW)
+                    if mask & linux.IN_Q_OVERFLOW:
+                        self.overflowed = True
                 elif mask & linux.IN_MODIFY:
                     if cgroup.parent is None:
                         self._scope_changed(cgroup.scope)
@@ -223,10 +226,14 @@ class Tree:
                     self._appeared(cgroup, name, now)
                 elif mask & linux.IN_DELETE:
                     self._disappeared(cgroup, name)
-            if overflow:
-                _log.warning("the inotify queue overflowed, scanning all scopes again")
-                self._scan()
         return len(data)
+
+    def scan(self) -> None:
+        """Bring everything in line with what the kernel has, after events were lost."""
+        self.overflowed = False
+        with self._working_directory():
+            for scope in list(self.scopes.values()):
+                self._compare(scope.root)
 
     def look_at(self, parent: Cgroup, name: bytes) -> None:
         """Find out what NAME below PARENT is now."""
@@ -309,7 +316,7 @@ class Tree:
             parent, name = pending.pop()
             if found := self._place(parent, name, born):
                 # A subdirectory is a child that was made before the watch was in place.
-                pending.extend((found, child) for child in self._list(found))
+                pending.extend((found, child) for child in self._list(found) or ())
 
     def _place(self, parent: Cgroup, name: bytes, born: float | None) -> Cgroup | None:
         """Watch NAME below PARENT, and return its cgroup if it has children to be looked at."""
@@ -325,8 +332,8 @@ class Tree:
                     self._set_birth_time(cgroup, fd, short)
         except OSError as error:
             self.unwatch(cgroup)
-            if error.errno not in (errno.ENOENT, errno.ENODEV):
-                _log.error("%s: %s", _display(parent.scope, path), error.strerror)
+            if error.errno not in _ABSENT:
+                self.unwatched.add(known or parent)  # unknown: ask again
             elif known is not None:
                 self.lost(known)
             return None
@@ -361,14 +368,13 @@ class Tree:
         try:
             with located(parent.scope, known.path()) as (fd, path):
                 inode = os.stat(path, dir_fd=fd, follow_symlinks=False).st_ino
-        except OSError:
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                self.unwatched.add(parent)  # unknown: ask again
+                return
             inode = 0
         if inode != known.inode:
             self.lost(known)
-
-    def _scan(self) -> None:
-        for scope in list(self.scopes.values()):
-            self._compare(scope.root)
 
     def _compare(self, top: Cgroup) -> None:
         """Bring everything below TOP in line with what the kernel has, and look at all of it."""
@@ -376,6 +382,8 @@ class Tree:
         while pending:
             cgroup = pending.pop()
             found = self._list(cgroup)
+            if found is None:
+                continue
             known = cgroup.children or {}
             for name, child in list(known.items()):
                 if found.get(name) == child.inode:
@@ -387,25 +395,28 @@ class Tree:
                 if not cgroup.children or name not in cgroup.children:
                     self._appeared(cgroup, name, None)
 
-    def _list(self, cgroup: Cgroup) -> dict[bytes, int]:
-        """Return the inodes of the cgroups directly below, by name."""
+    def _list(self, cgroup: Cgroup) -> dict[bytes, int] | None:
+        """Return the inodes of the cgroups directly below, by name; None if that is unknown."""
         try:
             with located(cgroup.scope, cgroup.path()) as (fd, path):
                 # Each subdirectory counts as a link: nearly every cgroup has none.
                 if path and os.stat(path, dir_fd=fd, follow_symlinks=False).st_nlink <= 2:
                     return {}
                 directory = os.open(path or b".", OPEN_DIRECTORY, dir_fd=fd)
-        except OSError:
-            return {}  # deleted meanwhile, or not ours to read
-        try:
-            with os.scandir(directory) as entries:
-                return {
-                    os.fsencode(entry.name): entry.inode()
-                    for entry in entries
-                    if entry.is_dir(follow_symlinks=False)
-                }
-        finally:
-            os.close(directory)
+            try:
+                with os.scandir(directory) as entries:
+                    return {
+                        os.fsencode(entry.name): entry.inode()
+                        for entry in entries
+                        if entry.is_dir(follow_symlinks=False)
+                    }
+            finally:
+                os.close(directory)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return {}
+            self.unwatched.add(cgroup)  # out of descriptors, or not ours to read: ask again
+            return None
 
     # Watches
 
@@ -451,5 +462,10 @@ class Tree:
             self.unwatched.discard(cgroup)
 
 
-def _display(scope: Scope, path: bytes) -> str:
-    return printable(scope.path + b"/" + path).decode()
+def _open_working_directory() -> int:
+    """Open where scripts expect their relative paths to begin; "/" if we may not go there."""
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        return os.open(".", flags)
+    except OSError:
+        return os.open("/", flags)

@@ -19,7 +19,7 @@ CPU_STAT: Final = b"cpu.stat"
 _READ_SIZE: Final = 4096
 
 
-class Counters(msgspec.Struct, frozen=True, gc=False):
+class Counters(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What only ever grows while a cgroup lives, and may be added up over cgroups.
 
     Times are in microseconds, I/O in bytes and operations; None where the kernel has no number.
@@ -103,19 +103,23 @@ def local_counters(mount_options: Iterable[bytes], *, pids_events_local: bool) -
 
 
 def subtract(value: Counters, baseline: Counters) -> Counters:
-    """Return VALUE minus BASELINE, never below zero; None where VALUE has nothing.
-
-    Below zero is possible by a few microseconds: the kernel derives user and system time from
-    their sum, each cgroup on its own.
-    """
+    """Return VALUE minus BASELINE, never below zero; None where VALUE has nothing."""
     if baseline is NO_COUNTERS:
         return value
-    return Counters(
+    difference = Counters(
         *(
             a if a is None or b is None else max(a - b, 0)
             for a, b in zip(_as_tuple(value), _as_tuple(baseline), strict=True)
         )
     )
+    total, system = difference.cpu_total, difference.cpu_system
+    if total is None or system is None or difference.cpu_user is None:
+        return difference
+    # Only the total is exact. How it splits is estimated by the kernel for each cgroup on its
+    # own: a short session may be all user while its parent is mostly system. So that the parts
+    # add up to the total over any number of records, one of them is what the other leaves.
+    system = min(system, total)
+    return msgspec.structs.replace(difference, cpu_system=system, cpu_user=total - system)
 
 
 def add(left: Counters, right: Counters, without: frozenset[str] = frozenset()) -> Counters:

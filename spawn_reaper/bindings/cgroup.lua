@@ -1,23 +1,30 @@
 -- The object that cgroup_released() gets, its parents and their xattr tables.
 --
--- Called once with four functions of cgroup.py and the names of the fields that every release brings
--- along, in their order: first TIMES of them in microseconds, up to COUNTERS those that may be added
--- up, then the others. Returns new(subject, ...), which takes those fields, and close(object), which
--- makes everything that was got from it stale.
+-- Called once with three functions of cgroup.py and the names of the fields that every release
+-- brings along, in their order: first TIMES of them in microseconds, up to COUNTERS those that may be
+-- added up, then the others. Returns new(...), which takes those fields and what follows them, and
+-- close(object), which makes everything that was got from the object stale.
 
-local read_pressure, read_own, read_xattr, read_parent, times, counters = ...
+local read_pressure, read_xattr, read_parent, times, counters = ...
 
 local error, getmetatable, newproxy, setmetatable, type =
     error, getmetatable, newproxy, setmetatable, type
-local find, match = string.find, string.match
+local find, match, sub = string.find, string.match, string.sub
 
-local names = { select(7, ...) }
+local names = { select(6, ...) }
 local position = {}
 for i, name in ipairs(names) do
   position[name] = i
 end
 
-local PRESSURE = { cpu_pressure = true, memory_pressure = true, io_pressure = true }
+-- What follows the fields: the counters of "own", three pressures, the number of levels whose
+-- attributes were copied, and the level, name and value of each of them.
+local OWN = #names
+local PRESSURES = OWN + counters
+local LEVELS = PRESSURES + 4
+local ATTRIBUTES = LEVELS + 1
+
+local PRESSURE = { cpu_pressure = 1, memory_pressure = 2, io_pressure = 3 }
 
 -- What an object is about; weak, so that a state lives as long as its object.
 local states = setmetatable({}, { __mode = "k" })
@@ -60,6 +67,16 @@ local function derived(object, life, fields)
 end
 
 -- LEVEL counts the parents up from the released cgroup, which is 0.
+local function copied_attribute(release, level, name)
+  local i = ATTRIBUTES
+  while release[i] do
+    if release[i] == level and release[i + 1] == name then
+      return release[i + 2]
+    end
+    i = i + 3
+  end
+end
+
 local xattr_meta = {
   __index = function(self, key)
     local state = state_of(self)
@@ -67,7 +84,10 @@ local xattr_meta = {
       return nil
     end
     local name = find(key, ".", 1, true) and key or "user." .. key
-    return read_xattr(state.life.subject, state.level, state.path, name)
+    if sub(name, 1, 5) == "user." and state.level < state.life[LEVELS] then
+      return copied_attribute(state.life, state.level, name)
+    end
+    return read_xattr(state.path, name)
   end,
   __newindex = read_only,
   __metatable = "xattr",
@@ -100,16 +120,16 @@ parent_prototype = class(function(self, key)
   end
 end)
 
--- Scripts see seconds.
-local function value_of(values, i)
-  local value = values[i]
-  return value and i <= times and value / 1000000 or value
+local function pressure_of(state, key)
+  local value = state[PRESSURES + PRESSURE[key]] or read_pressure(state[position.id], key)
+  return value and value / 1000000
 end
 
-local function own_of(subject)
-  local values, own = { read_own(subject) }, {}
+local function own_of(state)
+  local own = {}
   for i = 1, counters do
-    own[names[i]] = value_of(values, i)
+    local value = state[OWN + i]
+    own[names[i]] = value and i <= times and value / 1000000 or value
   end
   return own
 end
@@ -118,20 +138,21 @@ local release_prototype = class(function(self, key)
   local state = state_of(self)
   local i = position[key]
   if i then
-    return value_of(state, i)
+    local value = state[i]
+    return value and i <= times and value / 1000000 or value -- scripts see seconds
   elseif key == "xattr" then
     return xattr_of(state, 0, state[position.path])
   elseif key == "parent" then
     return parent_of(state, 0, state[position.path])
   elseif key == "own" then
-    return own_of(state.subject)
+    return own_of(state)
   elseif PRESSURE[key] then
-    return read_pressure(state.subject, key)
+    return pressure_of(state, key)
   end
 end)
 
-local function new(subject, ...)
-  local state = { subject = subject, ... }
+local function new(...)
+  local state = { ... }
   state.life = state
   local object = newproxy(release_prototype)
   states[object] = state

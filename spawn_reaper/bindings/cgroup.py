@@ -23,27 +23,18 @@ _COUNTERS: Final = usage.Counters.__struct_fields__
 _PEAKS: Final = usage.Peaks.__struct_fields__
 _FIELDS: Final = (*_COUNTERS, *_PEAKS, "path", "id", "btime", "age", "remainder")
 _PRESSURE: Final = {
-    f"{resource}_pressure".encode(): (resource, f"{resource}.pressure".encode())
+    f"{resource}_pressure".encode(): f"{resource}.pressure".encode()
     for resource in Pressures.__struct_fields__
 }
-
-
-class Subject:
-    """A release on its way through a handler.
-
-    ``directory`` is the cgroup's open directory until the reaper deletes it, then None.
-    """
-
-    __slots__ = ("directory", "release")
-
-    def __init__(self, release: Release, directory: int | None) -> None:
-        self.release = release
-        self.directory = directory
+_NO_PRESSURES: Final = (None, None, None)
 
 
 def fields_of(release: Release) -> tuple[Any, ...]:
-    """Return what a release brings along into Lua, in the order of _FIELDS."""
-    born = release.born
+    """Return all of a release, as values that Lua knows: nothing of it is left in Python.
+
+    A Python object in Lua would leave a trace in lupa's table of references, each time.
+    """
+    born, pressures = release.born, release.pressures
     return (
         *msgspec.structs.astuple(release.usage.counters),
         *msgspec.structs.astuple(release.usage.peaks),
@@ -52,7 +43,20 @@ def fields_of(release: Release) -> tuple[Any, ...]:
         None if born is None else int(born),
         release.age,
         release.remainder,
+        *msgspec.structs.astuple(release.own),
+        *(_NO_PRESSURES if pressures is None else _totals(pressures)),
+        len(release.attributes),
+        *(
+            part
+            for level, attributes in enumerate(release.attributes)
+            for name, value in attributes.items()
+            for part in (level, name, value)
+        ),
     )
+
+
+def _totals(pressures: Pressures) -> tuple[int | None, ...]:
+    return (pressures.cpu.some, pressures.memory.some, pressures.io.some)
 
 
 class CgroupBinding:
@@ -61,43 +65,34 @@ class CgroupBinding:
     def __init__(self, load: Callable[[bytes, bytes], Any], root: bytes) -> None:
         """LOAD compiles Lua code under a name; ROOT is the path of the cgroup root directory."""
         self._root = root
+        self.directories: dict[bytes, int] = {}
+        """The open directories of the releases that are about to be deleted, by id."""
         code = Path(__file__).with_name("cgroup.lua").read_bytes()
         self.new, self.close = load(code, b"=cgroup.lua")(
             self._pressure,
-            self._own,
             self._xattr,
             self._parent,
             len(usage.TIME_COUNTERS),
             len(_COUNTERS),
             *(name.encode() for name in _FIELDS),
         )
-        """new(subject, *fields_of(release)) returns the Lua object for a release; close(object)
-        makes the object, and all that was got from it, stale."""
+        """new(*fields_of(release)) returns the Lua object for a release; close(object) makes the
+        object, and all that was got from it, stale."""
 
     # What Lua calls. Nothing here raises: a Lua error must be a string.
 
-    def _pressure(self, subject: Subject, field: bytes) -> float | None:
-        """Read a pressure total while there is a directory, or take it from the record."""
-        resource, file = _PRESSURE[field]
-        if subject.release.pressures is not None:
-            pressure = getattr(subject.release.pressures, resource)
-        elif subject.directory is not None:
-            try:
-                pressure = usage.parse_pressure(usage.read_file(subject.directory, file))
-            except OSError:
-                return None
-        else:
+    def _pressure(self, release_id: bytes, field: bytes) -> int | None:
+        """Read a pressure total while there is a directory."""
+        directory = self.directories.get(release_id)
+        if directory is None:
             return None
-        return None if pressure.some is None else pressure.some / 1e6
+        try:
+            return usage.parse_pressure(usage.read_file(directory, _PRESSURE[field])).some
+        except OSError:
+            return None
 
-    def _own(self, subject: Subject) -> tuple[int | None, ...]:
-        return msgspec.structs.astuple(subject.release.own)
-
-    def _xattr(self, subject: Subject, level: int, path: bytes, name: bytes) -> bytes | None:
-        """Return an attribute: copied for the cgroup and its parents in the scope, else read."""
-        attributes = subject.release.attributes
-        if level < len(attributes) and name.startswith(b"user."):
-            return attributes[level].get(name)
+    def _xattr(self, path: bytes, name: bytes) -> bytes | None:
+        """Read an attribute that was not copied."""
         try:
             return os.getxattr(self._root + path, name)
         except (OSError, ValueError):
@@ -107,7 +102,7 @@ class CgroupBinding:
         """Read one statistic of a cgroup that is (usually) still alive."""
         try:
             directory = os.open(self._root + path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
+        except (OSError, ValueError):
             return None
         try:
             return _read_field(directory, field)
@@ -124,7 +119,7 @@ def _read_field(directory: int, field: bytes) -> int | float | None:
             return None
         return int(born) if field == b"btime" else time.time() - born
     if field in _PRESSURE:
-        pressure = usage.parse_pressure(usage.read_file(directory, _PRESSURE[field][1]))
+        pressure = usage.parse_pressure(usage.read_file(directory, _PRESSURE[field]))
         return None if pressure.some is None else pressure.some / 1e6
     name = field.decode("ascii", "replace")
     file = usage.file_of(name)

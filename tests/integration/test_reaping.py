@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -46,6 +46,11 @@ def released(reaper: Reaper, cgroup: Cgroup) -> list[Release]:
 def has_released(reaper: Reaper, cgroup: Cgroup) -> bool:
     """Whether the cgroup was released, just once so far."""
     return len(released(reaper, cgroup)) == 1
+
+
+def is_gone(cgroup: Cgroup) -> bool:
+    """Whether the kernel has the cgroup no more."""
+    return not cgroup.exists()
 
 
 def complaints(reaper: Reaper) -> list[str]:
@@ -393,19 +398,15 @@ def test_attributes_may_hold_any_byte_and_outlive_the_directory(host: Host, scop
         (b"", "cpu.stat: not lines of key and number: b''"),
         (b"usage_usec lots\n", "cpu.stat: not lines of key and number: b'usage_usec lots"),
         (b"usage_usec\n", "cpu.stat: "),
-        (None, None),
     ],
-    ids=["empty", "malformed", "truncated", "missing"],
+    ids=["empty", "malformed", "truncated"],
 )
 def test_statistics_that_make_no_sense_are_nil_and_named_once(
-    host: Host, scope: Cgroup, contents: bytes | None, complaint: str | None
+    host: Host, scope: Cgroup, contents: bytes, complaint: str
 ) -> None:
     jobs = [scope.make("one"), scope.make("two")]
     fake = host.directory / "fake"
-    if contents is not None:
-        fake.write_bytes(contents)
-    else:
-        fake = Path("/proc/self/mem")  # cannot be read at its start
+    fake.write_bytes(contents)
     mounts = "; ".join(f"mount --bind {fake} {job.directory}/cpu.stat" for job in jobs)
     reaper = host.start_reaper(
         scope,
@@ -419,9 +420,92 @@ def test_statistics_that_make_no_sense_are_nil_and_named_once(
     wait_for("both are gone", lambda: scope.children() == ["_"])
     reaper.stop()
     assert sorted(reaper.output()) == [f"{host.path_of(job)}\tnil" for job in jobs]
-    if complaint:
-        (line,) = complaints(reaper)
-        assert complaint in line
+    (line,) = complaints(reaper)
+    assert complaint in line
+
+
+def test_statistics_that_cannot_be_read_are_tried_again_before_anything_is_deleted(
+    host: Host, scope: Cgroup
+) -> None:
+    job = scope.make("job")
+    file = job.directory / "cpu.stat"
+    unreadable = f"mount --bind /proc/self/mem {file}"  # cannot be read at its start
+    reaper = host.start_reaper(
+        scope, wrapper=["unshare", "--mount", "sh", "-c", f'{unreadable}; exec "$@"', "sh"]
+    )
+    reaper.wait_ready()
+    job.run()
+    wait_for("it says so", lambda: len(complaints(reaper)) == 1)
+    assert complaints(reaper)[0].startswith(f"{host.path_of(job)}: ")
+    assert job.exists()
+    subprocess.run(["nsenter", f"--mount=/proc/{reaper.pid}/ns/mnt", "umount", file], check=True)
+    wait_for("it is gone", lambda: not job.exists())
+    reaper.stop()
+    assert len(released(reaper, job)) == 1
+
+
+def test_out_of_descriptors_nothing_is_lost(host: Host, scope: Cgroup) -> None:
+    reaper = host.reaper(scope)
+    limit = resource.prlimit(reaper.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(reaper.pid, resource.RLIMIT_NOFILE, (reaper.descriptors(), limit[1]))
+    jobs = [scope.make(f"{number}/session") for number in range(10)]
+    for job in jobs:
+        job.run()
+    other = host.scope("other.scope")  # lets it look for scopes, too
+    wait_for("it says so", lambda: len(complaints(reaper)) > 0)
+    other.remove()
+    assert all(job.exists() for job in jobs)
+    resource.prlimit(reaper.pid, resource.RLIMIT_NOFILE, limit)
+    wait_for("all are gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    assert len(reaper.releases()) == 20
+
+
+def test_what_was_recorded_for_the_living_outlives_a_restart(host: Host, scope: Cgroup) -> None:
+    """The kernel keeps counting ended sessions in the name's own numbers."""
+    spin = "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done"
+    name = scope.make("name")
+    holder = name.start()
+    for number in range(3):
+        reaper = host.reaper(scope)
+        session = scope.make(f"name/{number}")
+        session.run(spin)
+        wait_for("it is gone", partial(is_gone, session))
+        reaper.stop()
+    reaper = host.reaper(scope)
+    holder.kill()
+    holder.wait()
+    wait_for("it is gone", lambda: not name.exists())
+    reaper.stop()
+    counted = scope.cpu_seconds() - Cgroup(scope.directory / "_").cpu_seconds()
+    own = sum(release.own for release in reaper.releases())
+    assert own == pytest.approx(counted, abs=1e-5)
+    assert os.listxattr(scope.directory) == []
+
+
+def test_hostile_baselines_are_refused_with_one_line(host: Host, scope: Cgroup) -> None:
+    attribute = "user.cm4all-spawn-reaper.accounted"
+    os.setxattr(scope.directory, attribute, b'[[1, true, {"cpu_total": "lots"}]]')
+    reaper = host.reaper(scope)
+    scope.make("job").run()
+    wait_for("it is gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    assert len(complaints(reaper)) == 1
+    assert attribute in complaints(reaper)[0]
+    assert len(reaper.releases()) == 1
+
+
+def test_an_attribute_too_long_to_be_meant_well_is_not_handed_to_scripts(
+    host: Host, scope: Cgroup
+) -> None:
+    script = "function cgroup_released(c) print(c.xattr.account, c.xattr.other) end"
+    reaper = host.reaper(scope, script=script)
+    job = scope.make("job", account=b" " * 60000 + b"x")
+    os.setxattr(job.directory, "user.other", b"fine")
+    job.run()
+    wait_for("it is gone", lambda: not job.exists())
+    reaper.stop()
+    assert reaper.output() == ["nil\tfine"]
 
 
 def test_a_storm_of_hang_ups_does_no_harm(host: Host, scope: Cgroup) -> None:

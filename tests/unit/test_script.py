@@ -9,19 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from spawn_reaper.bindings.cgroup import Subject
 from spawn_reaper.release import Release
 from spawn_reaper.script import Script, ScriptError
 from spawn_reaper.settings import Handlers
 from spawn_reaper.usage import NO_COUNTERS, NO_PEAKS, Usage
 
 
-def subject(name: str) -> Subject:
-    """Return a release of a cgroup that used nothing."""
+def release(name: str) -> Release:
+    """Return the release of a cgroup that used nothing."""
     usage = Usage(NO_COUNTERS, NO_PEAKS)
     path = f"/test.scope/{name}".encode()
-    release = Release("id", path, name.encode(), 0.0, None, None, usage, NO_COUNTERS, ({},))
-    return Subject(release, None)
+    return Release(name, path, name.encode(), 0.0, None, None, usage, NO_COUNTERS, ({},))
 
 
 class Gate:
@@ -78,7 +76,7 @@ def test_an_operation_suspends_the_handler_and_returns_its_result(
         gate = Gate()
         code = "function cgroup_released(c) print('before') print(wait(), c.path) end"
         script = await load(code, Handlers(), wait=gate)
-        script.released(subject("job"))
+        script.released(release("job"), None)
         await settle()
         gate.waiting[0].set_result(b"done")
         assert await script.finish(10) == 0
@@ -95,7 +93,7 @@ def test_only_so_many_handlers_run_at_once_and_the_rest_in_order(
         code = "function cgroup_released(c) wait() print(c.path) end"
         script = await load(code, Handlers(running=2), wait=gate)
         for number in range(5):
-            script.released(subject(f"job-{number}"))
+            script.released(release(f"job-{number}"), None)
         for done in range(5):
             await settle()
             assert len(gate.waiting) == min(done + 2, 5)
@@ -117,7 +115,7 @@ def test_parked_handlers_do_not_count() -> None:
         """
         script = await load(code, Handlers(running=1), wait=gate)
         for name in ("parked-1", "parked-2", "job"):
-            script.released(subject(name))
+            script.released(release(name), None)
         await settle()
         assert len(gate.waiting) == 1
         gate.waiting[0].set_result(b"")
@@ -133,7 +131,7 @@ def test_a_handler_that_waits_too_long_gets_an_error_where_it_waits(
         gate = Gate()
         code = "function cgroup_released(c)\n  wait()\nend"
         script = await load(code, Handlers(time=0.05), wait=gate)
-        script.released(subject("job"))
+        script.released(release("job"), None)
         assert await script.finish(10) == 0
         assert gate.waiting[0].cancelled()
 
@@ -148,8 +146,8 @@ def test_a_handler_that_catches_that_and_goes_on_waiting_is_abandoned(
         gate = Gate()
         code = "function cgroup_released(c) while true do pcall(wait) end end"
         script = await load(code, Handlers(time=0.05, running=1), wait=gate)
-        script.released(subject("one"))
-        script.released(subject("two"))
+        script.released(release("one"), None)
+        script.released(release("two"), None)
         assert await script.finish(10) == 0
 
     run(test)
@@ -164,7 +162,7 @@ def test_an_operation_that_fails_raises_in_lua_with_the_line(
         gate = Gate()
         code = "function cgroup_released(c)\n  print(pcall(function()\n wait() end))\nend"
         script = await load(code, Handlers(), wait=gate)
-        script.released(subject("job"))
+        script.released(release("job"), None)
         await settle()
         gate.waiting[0].set_exception(OSError("no luck"))
         assert await script.finish(10) == 0
@@ -178,7 +176,7 @@ def test_stopping_waits_a_bounded_time_and_tells_what_was_not_handled() -> None:
         code = "function cgroup_released(c) wait() end"
         script = await load(code, Handlers(running=2), wait=Gate())
         for number in range(5):
-            script.released(subject(f"job-{number}"))
+            script.released(release(f"job-{number}"), None)
         assert await script.finish(0.05) == 5
 
     run(test)
@@ -247,7 +245,7 @@ def test_a_script_that_cannot_be_used_is_refused_with_file_and_line(code: str, r
 def test_an_error_of_the_script_has_no_traceback_of_ours(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         script = await load("function cgroup_released() error('x\\ny') end", Handlers())
-        script.released(subject("job"))
+        script.released(release("job"), None)
 
     run(test)
     assert caplog.messages == ["/test.scope/job: test.lua:1: x\\x0ay"]
