@@ -87,13 +87,13 @@ def _turn_away(holder: socket.socket) -> None:
 def _peer(address: bytes) -> tuple[int, int]:
     """Return pid and uid of the process that listens on ADDRESS.
 
-    The pid is 0 if it cannot be seen from here, and the uid -1 if the process is gone.
+    The pid is 0 if it cannot be seen from here. The uid is -1 if the process is gone, or does not
+    accept connections: one of ours would, and anybody could bind the address and fill its queue.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as probe:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 1, 0))
         try:
             probe.connect(address)
-        except BlockingIOError:
-            return 0, 0  # its queue is full: it lives, but does not tell who it is
         except OSError:
             return 0, -1
         size = struct.calcsize("=iII")

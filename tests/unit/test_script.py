@@ -249,3 +249,28 @@ def test_an_error_of_the_script_has_no_traceback_of_ours(caplog: pytest.LogCaptu
 
     run(test)
     assert caplog.messages == ["/test.scope/job: test.lua:1: x\\x0ay"]
+
+
+def test_handlers_leave_nothing_in_memory(capfd: pytest.CaptureFixture[str]) -> None:
+    async def test() -> None:
+        code = """
+        function cgroup_released(c)
+          local x = c.xattr.account, c.own.cpu_total, c.parent.path, c.cpu_pressure
+          if c.path:match("print") then
+            collectgarbage()
+            collectgarbage()
+            print(collectgarbage("count"))
+          end
+        end
+        """
+        script = await load(code, Handlers())
+        for count in (2000, 20_000):
+            for _ in range(count):
+                script.released(release("job"), None)
+                await asyncio.sleep(0)
+            script.released(release("print"), None)
+            assert await script.finish(10) == 0
+
+    run(test)
+    before, after = map(float, capfd.readouterr().out.split())
+    assert after - before < 20  # kilobytes, for twenty thousand
