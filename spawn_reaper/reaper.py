@@ -32,9 +32,9 @@ from spawn_reaper.usage import CPU_STAT, read_file
 
 _log = logging.getLogger(__name__)
 
-# Reading events only so often lets a burst be handled in batches. The kernel itself merges what
-# happens to a cgroup within 10 ms, and a watch that is placed that late still fires.
-_PAUSE: Final = 0.01
+# All work is done at multiples of this many seconds, so that much of it is done in one go. The
+# kernel itself merges what happens to a cgroup within 10 ms; a watch placed that late still fires.
+_TICK: Final = 0.01
 _POLL: Final = 2.0  # seconds between looks at what cannot be watched
 _CHUNK: Final = 64  # cgroups whose descriptors are open at the same time
 _FLUSH: Final = 8  # cgroups in a batch for which flushing the scope's statistics is worth it
@@ -194,7 +194,7 @@ class Reaper:
             if size >= _FULL:
                 self._loop.call_soon(self._read_events)
             elif size:
-                self._loop.call_later(_PAUSE, self._read_events)
+                self._loop.call_at(_next_tick(time.monotonic()), self._read_events)
             else:
                 self._loop.add_reader(self._tree.fd, self._tree_readable)
         if self._tree.overflowed and self._scan_timer is None:
@@ -235,7 +235,7 @@ class Reaper:
 
     def touched(self, cgroup: Cgroup) -> None:
         """Look at the cgroup when it has been left alone for the grace time."""
-        self._look_at(self._now + self._grace, cgroup)
+        self._look_at(_next_tick(self._now + self._grace), cgroup)
 
     def vanished(self, cgroup: Cgroup) -> None:
         """Take note that somebody else deleted a cgroup; say so if its use was not recorded."""
@@ -248,7 +248,7 @@ class Reaper:
 
     def emptied(self, scope: Scope) -> None:
         """Hurry: the service manager is about to delete everything in the scope."""
-        soon = self._now + self._grace
+        soon = _next_tick(self._now + self._grace)
         for cgroup in scope.root.descendants():
             # What has not been used yet, and is known to be so, is left to its spawner.
             if cgroup.used or cgroup.due is None or cgroup.due <= soon:
@@ -433,6 +433,10 @@ class Reaper:
         if key not in self._complaints:
             self._complaints.add(key)
             _log.error("%s: %s", _display(cgroup), error.strerror)
+
+
+def _next_tick(when: float) -> float:
+    return math.ceil(when / _TICK) * _TICK
 
 
 def _depth(cgroup: Cgroup) -> int:
