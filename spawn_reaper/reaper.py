@@ -235,7 +235,8 @@ class Reaper:
 
     def touched(self, cgroup: Cgroup) -> None:
         """Look at the cgroup when it has been left alone for the grace time."""
-        self._look_at(_next_tick(self._now + self._grace), cgroup)
+        grace = self._grace if cgroup.scope.populated else 0.0
+        self._look_at(_next_tick(self._now + grace), cgroup)
 
     def vanished(self, cgroup: Cgroup) -> None:
         """Take note that somebody else deleted a cgroup; say so if its use was not recorded."""

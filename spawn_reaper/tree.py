@@ -103,8 +103,8 @@ class Scope:
     def __init__(self, path: bytes, fd: int) -> None:
         self.path = path  # as in /proc/self/cgroup
         self.fd = fd
-        status = os.fstat(fd)
-        self.root = Cgroup(self, None, b"", status.st_ino, None)
+        self.populated = True  # until the kernel says otherwise
+        self.root = Cgroup(self, None, b"", os.fstat(fd).st_ino, None)
 
 
 class Listener(Protocol):
@@ -182,6 +182,7 @@ class Tree:
             with self._working_directory():
                 self._enter(scope, fd)
                 self._watch(scope.root, b".")
+                self._scope_changed(scope)
                 self._compare(scope.root)
         except OSError:
             self.lost(scope.root)
@@ -307,7 +308,9 @@ class Tree:
 
     def _scope_changed(self, scope: Scope) -> None:
         with suppress(OSError):  # a scope that is gone is the finder's business
-            if read_file(scope.fd, b"cgroup.events").startswith(b"populated 0"):
+            events = read_file(scope.fd, b"cgroup.events")
+            scope.populated = not events.startswith(b"populated 0")
+            if not scope.populated:
                 self._listener.emptied(scope)
 
     def _appeared(self, parent: Cgroup, name: bytes, born: float | None) -> None:
