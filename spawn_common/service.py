@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import hashlib
+import operator
 import os
 import signal
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -102,6 +104,47 @@ def _peer(address: bytes) -> tuple[int, int]:
         return pid, uid
 
 
+class _Signals:
+    """Tells of signals in the event loop: each kind once, however often it came.
+
+    Not the loop's own handlers: they queue each signal in a pipe, and a storm of one kind that
+    fills it would swallow the others. And no Python code in the handler: under a storm it would be
+    interrupted by the next signal, and that again, up to a RecursionError in whatever was running.
+    So the handler is a C function that notes the signal's number, and the pipe only wakes us up.
+    """
+
+    _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def __init__(self, tell: Callable[[Iterable[int]], None]) -> None:
+        self._tell = tell
+        self._came: dict[int, object] = {}
+        self._loop = asyncio.get_running_loop()
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._loop.add_reader(self._reader, self._wake_up)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in self._NUMBERS:
+            signal.signal(number, functools.partial(operator.setitem, self._came))
+
+    def _wake_up(self) -> None:
+        with suppress(BlockingIOError):
+            self._reader.recv(65536)
+        numbers = list(self._came)
+        for number in numbers:
+            self._came.pop(number)
+        self._tell(numbers)
+
+    def close(self) -> None:
+        """Ignore these signals from now on."""
+        for number in self._NUMBERS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
+        self._loop.remove_reader(self._reader)
+        self._reader.close()
+        self._writer.close()
+
+
 class Service:
     """Signals and notifications of one daemon; needs a running event loop."""
 
@@ -115,16 +158,11 @@ class Service:
         self._reload = reload
         self._status = status
         self._stop = asyncio.Event()
-        self._terminated = False
         self._ready = False
         self._reload_wanted = False
         self._loop = asyncio.get_running_loop()
         self._notify = _notifier()
-        # Not the loop's own handlers: they queue each signal in a pipe, and a storm of one kind
-        # that fills it would swallow the others.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._terminate)
-        signal.signal(signal.SIGHUP, self._hang_up)
+        self._signals = _Signals(self._signalled)
 
     def ready(self) -> None:
         """Tell that the start is complete, and begin to feed the watchdog."""
@@ -134,31 +172,27 @@ class Service:
         if interval:
             self._feed_watchdog(interval / 2)
         if self._reload_wanted:
-            self._loop.call_soon(self._reload_now)
+            self._reload_now()
 
     def close(self) -> None:
         """Ignore signals from now on: the process is about to end."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        self._signals.close()
 
     async def stopped(self) -> None:
         """Wait until the daemon shall end."""
         await self._stop.wait()
         self._notify(stopping=1, status="stopping")
 
-    def _terminate(self, *_: object) -> None:
-        if not self._terminated:
-            self._terminated = True
-            self._loop.call_soon_threadsafe(self._stop.set)
-
-    def _hang_up(self, *_: object) -> None:
-        """Reload soon, once for all hang-ups that have come until then."""
-        if self._ready and not self._reload_wanted:
-            self._loop.call_soon_threadsafe(self._reload_now)
-        self._reload_wanted = True
+    def _signalled(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if number != signal.SIGHUP:
+                self._stop.set()
+            elif self._ready:
+                self._reload_now()
+            else:
+                self._reload_wanted = True
 
     def _reload_now(self) -> None:
-        self._reload_wanted = False
         self._notify(reloading=1, monotonic_usec=time.monotonic_ns() // 1000)
         self._reload(self._reloaded)
 
