@@ -41,7 +41,7 @@ _FLUSH: Final = 8  # cgroups in a batch for which flushing the scope's statistic
 _BATCH: Final = 256  # cgroups after which events are read again
 _SCAN: Final = 3.0  # seconds from one scan of everything to the next
 _FULL: Final = 32768  # bytes of events that say that there are more
-_RETRY: Final = 60.0  # seconds until a refused deletion is tried again
+_RETRY: Final = 60.0  # seconds until what failed, such as a refused deletion, is tried again
 _STDERR: Final = 2
 _EMPTY: Final = b"populated 0\nfrozen 0\n"
 
@@ -310,6 +310,12 @@ class Reaper:
             with deletions(settled) as noted:
                 for opened in settled:
                     self._delete(opened, noted)
+        except Exception:
+            # A mistake of ours: nothing else may wait for it, and nothing may be forgotten.
+            _log.exception("a batch of %d cgroups was interrupted", len(cgroups))
+            for cgroup in cgroups:
+                if not cgroup.gone:
+                    self._look_at(self._now + _RETRY, cgroup)
         finally:
             for opened in settled:
                 if opened.release and self._hooks:
