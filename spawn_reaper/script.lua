@@ -1,14 +1,16 @@
--- The Lua side of script.py: runs handlers as coroutines, under limits.
+-- The Lua side of script.py: runs the script's functions as coroutines, under limits.
 --
--- Called once with the limits and a function that takes (path, message) when a handler fails.
--- Returns the functions that script.py calls. Whatever the script may replace later (coroutine,
--- error, ...) is kept in locals.
+-- Called once with the limits, a function that takes (path, message) when a handler fails, and one
+-- that takes (number of the task, path, operation) when a task begins to wait. Returns the functions
+-- that script.py and the bindings call. Whatever the script may replace later (coroutine, error, ...)
+-- is kept in locals.
 
-local cpu_limit, memory_limit, failed = ...
+local cpu_limit, memory_limit, failed, suspended = ...
 
 local clock, collectgarbage, error, loadstring = os.clock, collectgarbage, error, loadstring
-local create, resume, status, yield =
-    coroutine.create, coroutine.resume, coroutine.status, coroutine.yield
+local create, isyieldable, resume, running, status, yield =
+    coroutine.create, coroutine.isyieldable, coroutine.resume, coroutine.running,
+    coroutine.status, coroutine.yield
 local getinfo, sethook = debug.getinfo, debug.sethook
 local format, match, sub = string.format, string.match, string.sub
 local rawget, setmetatable, type, xpcall = rawget, setmetatable, type, xpcall
@@ -52,14 +54,14 @@ local function placed(message)
 end
 
 local INSTRUCTIONS = 1000 -- between two looks at the limits
-local OURS = getinfo(1, "S").source
+local OURS = { ["=script.lua"] = true, ["=calling.lua"] = true, ["=cgroup.lua"] = true }
 local limited = false -- a handler runs, and not our own work for it
 local strict = false -- a handler has used up its CPU time
 local cpu_end = 0
 
 local function check()
-  if not limited or getinfo(2, "S").source == OURS then
-    return -- what happens in this file is not the script's fault
+  if not limited or OURS[getinfo(2, "S").source] then
+    return -- what happens in our files is not the script's fault
   end
   if clock() > cpu_end then
     -- From now on every instruction of the script fails, so that no pcall in it can go on.
@@ -93,42 +95,84 @@ local function locate(value)
   return match(message, "^[^\n]-:%d+: ") and message or placed(message)
 end
 
-local OPERATION = {} -- what await() yields first, so that it differs from the script's own yields
+-- Tasks. A task is a coroutine in which a function of the script was started by us: a handler, the
+-- main chunk, reload. It may wait for operations; other coroutines of the script wait as part of it.
 
--- Suspends the running handler until Python has finished OPERATION. Returns its results; an
--- operation that failed in a way that a script must not ignore raises.
-local function await(operation)
-  local function results(ok, ...)
-    if not ok then
-      error((...), 2) -- tail calls have left no other frame of ours
-    end
-    return ...
-  end
-  return results(yield(OPERATION, operation))
+local function weak()
+  return setmetatable({}, { __mode = "k" })
 end
 
--- The states that a slice ends in; script.py knows the numbers.
-local DONE, PARKED, WAITING = 0, 1, 2
+local OPERATION = {} -- what is yielded by a wait, so that it differs from the script's own yields
+local WAITS = "cannot resume a coroutine that waits for an operation"
+
+-- The state that a slice ends in; any other number is that of the task, which waits.
+local DONE, PARKED = 0, 1
+
+local tasks = weak() -- coroutine of a task -> what is known about it; must not refer to the coroutine
+local waits = weak() -- coroutine -> true while it, or one that it has resumed, waits for an operation
+local confined = weak() -- coroutine -> true while whoever resumed it cannot yield
+local waiting = {} -- number of a task that waits -> its coroutine
+local current -- the coroutine of the task that runs
+local last = PARKED -- the number that was given to a task last
+
+local function task_number()
+  local task = tasks[current]
+  if not task.number then
+    last = last + 1
+    task.number = last
+  end
+  return task.number
+end
+
+-- Whether whoever runs now can wait without holding up the daemon.
+local function can_wait()
+  return isyieldable() and not confined[running()]
+end
+
+-- Suspends the running task until continue() is called with its number and the results.
+local function wait(operation)
+  local number = task_number()
+  waiting[number] = current
+  suspended(number, tasks[current].path, operation)
+  return yield(OPERATION)
+end
 
 local function slice(co, ...)
   cpu_end = clock() + cpu_limit
   limited = true
-  local _, marker, operation = resume(co, ...)
+  current = co
+  local _, marker = resume(co, ...)
+  current = nil
   unlimit()
   if status(co) == "dead" then
     return DONE
-  elseif marker == OPERATION then
-    return WAITING, co, operation
+  elseif marker ~= OPERATION then
+    return PARKED
   end
-  return PARKED
+  waits[co] = true
+  return tasks[co].number
 end
 
--- How to end the coroutines that wait for an operation, from outside.
-local closers = setmetatable({}, { __mode = "k" })
+local function continue(number, ...)
+  local co = waiting[number]
+  waiting[number] = nil
+  waits[co] = nil
+  return slice(co, ...)
+end
 
--- Returns a function that runs HANDLER in a coroutine of its own, up to its end or its first yield.
--- What that function takes, after the path for failed(), goes to NEW, which makes HANDLER's argument;
--- CLOSE is called with the argument when the handler has ended, however that came about.
+-- Gives up a task that waits: it will not be resumed any more.
+local function abandon(number)
+  local co = waiting[number]
+  waiting[number] = nil
+  local task = tasks[co]
+  if task.close then
+    task.close(task.object)
+  end
+end
+
+-- Returns a function that runs HANDLER as a task, up to its end or its first yield. What that
+-- function takes, after the path for failed(), goes to NEW, which makes HANDLER's argument; CLOSE is
+-- called with the argument when the handler has ended, however that came about.
 local function starter(handler, new, close)
   return function(path, ...)
     local object = new and new(...)
@@ -136,6 +180,7 @@ local function starter(handler, new, close)
     local co = create(function()
       local ok, message = xpcall(handler, locate, object)
       unlimit()
+      tasks[current] = nil -- at once: a table that waits for the collector grows large
       if close then
         close(object)
       end
@@ -148,19 +193,66 @@ local function starter(handler, new, close)
       end
     end)
 
-    local state, _, operation = slice(co)
-    if state ~= WAITING then
-      return state
-    end
-    closers[co] = close and function() close(object) end
-    return state, co, operation
+    tasks[co] = { path = path, object = object, close = close }
+    return slice(co)
   end
 end
 
--- Gives up a coroutine that will not be resumed any more.
-local function abandon(co)
-  if closers[co] then
-    closers[co]()
+-- Coroutines of the script's own, which pass on the waits of those that they resume.
+
+local enter
+
+local function enter_again(co, ...)
+  waits[co] = nil
+  return enter(co, ...)
+end
+
+local function entered(co, outer, ok, marker, ...)
+  current = outer
+  if ok and marker == OPERATION then
+    waits[co] = true
+    if tasks[co] then
+      return true -- from now on it goes on by itself
+    end
+    return enter_again(co, yield(OPERATION))
+  end
+  return ok, marker, ...
+end
+
+enter = function(co, ...)
+  local outer = current
+  if tasks[co] then
+    current = co
+  else
+    confined[co] = not can_wait() or nil
+  end
+  return entered(co, outer, resume(co, ...))
+end
+
+coroutine.resume = function(co, ...)
+  if type(co) ~= "thread" then
+    error(format("bad argument #1 to 'resume' (coroutine expected, got %s)", type(co)), 2)
+  elseif waits[co] then
+    return false, WAITS
+  end
+  return enter(co, ...)
+end
+
+local function unwrapped(ok, ...)
+  if not ok then
+    error((...), 2) -- that is whoever called what wrap() returned: tail calls leave no frame
+  end
+  return ...
+end
+
+coroutine.wrap = function(body)
+  if type(body) ~= "function" then
+    error(format("bad argument #1 to 'wrap' (function expected, got %s)", type(body)), 2)
+  end
+  local co = create(body)
+  local again = coroutine.resume
+  return function(...)
+    return unwrapped(again(co, ...))
   end
 end
 
@@ -173,4 +265,4 @@ local function global(name)
   return value, type(value)
 end
 
-return starter, slice, abandon, await, compile, global
+return starter, compile, global, continue, abandon, task_number, can_wait, wait, placed

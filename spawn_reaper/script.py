@@ -14,15 +14,18 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from spawn_reaper import bindings
+from spawn_reaper.bindings.calling import Calling, Outcome, Runtime
 from spawn_reaper.bindings.cgroup import CgroupBinding, fields_of
 from spawn_reaper.release import Release
 from spawn_reaper.report import one_line, printable
 from spawn_reaper.settings import Handlers
+from spawn_reaper.tasks import NOT_WAITING, Tasks
 
 _log = logging.getLogger(__name__)
 
@@ -41,27 +44,9 @@ _CPATH: Final = (
 
 _TURN: Final = 0.1  # seconds for which handlers may begin before the daemon looks at its events
 
-# What a slice of a coroutine returns (script.lua): DONE or PARKED, or else a tuple whose further
-# elements are the coroutine and the operation that it waits for.
-_NOT_WAITING: Final = (0, 1)
-
 
 class ScriptError(Exception):
     """The script cannot be used; the message names file and line."""
-
-
-class _Handler:
-    """A coroutine of the script that waits for an operation of ours."""
-
-    __slots__ = ("coroutine", "ended", "expired", "operation", "path", "timer")
-
-    def __init__(self, path: bytes | None, ended: Callable[[], None]) -> None:
-        self.path = path  # of the released cgroup, if it is about one
-        self.ended = ended
-        self.coroutine: Any = None
-        self.operation: asyncio.Future[Any] | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.expired = False
 
 
 class Script:
@@ -70,32 +55,33 @@ class Script:
     def __init__(self, limits: Handlers, root: bytes) -> None:
         """Make the interpreter; ROOT is the path of the cgroup root directory."""
         self._limits = limits
-        self._lua = _new_runtime()
+        self._lua = new_runtime()
         load = self._lua.eval(b"loadstring")
         code = Path(__file__).with_name("script.lua").read_bytes()
-        functions = load(code, b"=script.lua")(limits.cpu, limits.memory * 1e6, self._failed)
-        self._starter, self._slice, self._abandoned, self._await = functions[:4]
-        self._compile, self._global = functions[4:]
+        functions = load(code, b"=script.lua")(
+            limits.cpu, limits.memory * 1e6, self._failed, self._suspended
+        )
+        self._starter, self._compile, self._global, self.resume, self.abandon = functions[:5]
+        self._tasks = Tasks(limits.time, self, self._outcome, self._failed)
+        self.calling = Calling(
+            Runtime(
+                self._lua,
+                sys.modules[type(self._lua).__module__].lua_type,
+                self._run,
+                self._tasks.ended,
+                *functions[5:],
+            )
+        )
+        bindings.install(self.calling)
         self._cgroups = CgroupBinding(load, root)
         self._begin: Any = None  # starts cgroup_released
         self._loading = False
         self._load_error: str | None = None
-        self._running: set[_Handler] = set()
         self._queue: deque[Release] = deque()
         self._turn: asyncio.Handle | None = None
         self._turn_end = 0.0  # monotonic time until which handlers may begin in this turn
         self._reloading = False
         self._reload_waiting: list[Callable[[], None]] = []
-
-    def bind(self, name: str, operation: Callable[..., Awaitable[Any]]) -> None:
-        """Give the script a global function NAME that suspends its caller while OPERATION runs.
-
-        The function returns what OPERATION returns, and raises with the text of its exception.
-        """
-        wrap = self._lua.eval(
-            b"function(await, operation) return function(...) return await(operation(...)) end end"
-        )
-        self._lua.globals()[name.encode()] = wrap(self._await, operation)
 
     # The script as a whole
 
@@ -110,7 +96,7 @@ class Script:
             raise ScriptError(one_line(chunk[1]))
         self._loading = True
         ended = asyncio.get_running_loop().create_future()
-        self._run(chunk, _Handler(None, lambda: ended.set_result(None)))
+        self._run(chunk, lambda: ended.set_result(None))
         await ended
         self._loading = False
         if self._load_error is not None:
@@ -138,7 +124,7 @@ class Script:
         waiting, self._reload_waiting = self._reload_waiting, []
         if kind == b"function":
             self._reloading = True
-            self._run(function, _Handler(None, lambda: self._reloaded(waiting)))
+            self._run(function, lambda: self._reloaded(waiting))
         else:
             self._reloaded(waiting)
 
@@ -151,17 +137,16 @@ class Script:
 
     async def finish(self, seconds: float) -> int:
         """Let handlers finish for so long at most; return how many releases were not handled."""
-        end = asyncio.get_running_loop().time() + seconds
-        while (self._running or self._queue) and asyncio.get_running_loop().time() < end:
-            waiting = [handler.operation for handler in self._running if handler.operation]
-            timeout = max(0.0, end - asyncio.get_running_loop().time())
-            if waiting:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while (self._tasks or self._queue) and loop.time() < end:
+            if waiting := self._tasks.operations():
+                timeout = max(0.0, end - loop.time())
                 await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.sleep(0)  # let what follows from that happen
-        left = len(self._running) + len(self._queue)
+        left = len(self._tasks) + len(self._queue)
         self._queue.clear()
-        for handler in list(self._running):
-            self._expire(handler)
+        self._tasks.expire_all("the daemon ends")
         return left
 
     # Handlers
@@ -185,7 +170,7 @@ class Script:
 
     def _may_begin(self) -> bool:
         """Whether one more handler may begin without holding up the daemon's other work."""
-        if len(self._running) >= self._limits.running:
+        if len(self._tasks) >= self._limits.running:
             return False
         now = time.monotonic()
         if self._turn is None:
@@ -201,69 +186,24 @@ class Script:
     def _take_turn(self) -> None:
         """Begin the handlers that had to wait, until the turn is over."""
         self._turn = None
+        self.calling.drop_collected()
         while self._queue and self._may_begin():
             self._handle(self._queue.popleft())
 
     def _handle(self, release: Release) -> None:
-        result = self._begin(release.path, *fields_of(release))
-        if result not in _NOT_WAITING:
-            self._suspend(_Handler(release.path, self._take_turn_soon), result)
+        state = self._begin(release.path, *fields_of(release))
+        if state not in NOT_WAITING:
+            self._tasks.after(state, self._take_turn_soon)
 
-    def _run(self, function: Any, handler: _Handler) -> None:
-        """Run a function of the script that is not about a release."""
-        result = self._starter(function)(None)
-        if result in _NOT_WAITING:
-            handler.ended()
-        else:
-            self._suspend(handler, result)
+    def _run(self, function: Any, ended: Callable[[], None]) -> None:
+        """Run a function of the script that is not about a release; then call ENDED."""
+        self._tasks.after(self._starter(function)(None), ended)
 
-    def _suspend(self, handler: _Handler, waiting: tuple[int, Any, Awaitable[Any]]) -> None:
-        """Take a handler that waits for an operation; its time runs from the first one on."""
-        _, handler.coroutine, operation = waiting
-        handler.operation = asyncio.ensure_future(operation)
-        if handler.expired:
-            self._abandon(handler)
-            return
-        if handler.timer is None:
-            loop = asyncio.get_running_loop()
-            handler.timer = loop.call_later(self._limits.time, self._expire, handler)
-            self._running.add(handler)
-        handler.operation.add_done_callback(lambda _: self._resume(handler))
+    def _suspended(self, number: int, path: bytes | None, operation: int) -> None:
+        self._tasks.suspended(number, path, self.calling.take(operation))
 
-    def _resume(self, handler: _Handler) -> None:
-        operation = handler.operation
-        assert operation is not None
-        if operation.cancelled():
-            result = self._slice(
-                handler.coroutine, False, b"ran longer than %g s" % self._limits.time
-            )
-        elif error := operation.exception():
-            result = self._slice(handler.coroutine, False, str(error).encode())
-        else:
-            result = self._slice(handler.coroutine, True, operation.result())
-        if result in _NOT_WAITING:
-            self._end(handler)
-        else:
-            self._suspend(handler, result)
-
-    def _expire(self, handler: _Handler) -> None:
-        handler.expired = True
-        if handler.operation is not None:
-            handler.operation.cancel()
-
-    def _abandon(self, handler: _Handler) -> None:
-        """End a handler that caught the error for its time and went on waiting."""
-        assert handler.operation is not None
-        handler.operation.cancel()
-        self._failed(handler.path, b"went on after its time was over")
-        self._abandoned(handler.coroutine)
-        self._end(handler)
-
-    def _end(self, handler: _Handler) -> None:
-        if handler.timer is not None:
-            handler.timer.cancel()
-        self._running.discard(handler)
-        handler.ended()
+    def _outcome(self, operation: asyncio.Future[Any]) -> Outcome:
+        return self.calling.outcome(operation)
 
     def _failed(self, path: bytes | None, message: bytes) -> None:
         """Report an error of the script; called by Lua where it happened."""
@@ -276,7 +216,7 @@ class Script:
             _log.error("%s", text)
 
 
-def _new_runtime() -> Any:
+def new_runtime() -> Any:
     """Return a LuaJIT interpreter that has no way into Python."""
     for name in _RUNTIMES:
         try:

@@ -1,1 +1,12 @@
-"""What a Lua script can use, one module for each name that it sees."""
+"""What a Lua script can use, one module for each name that it sees.
+
+``calling`` knows how Lua calls; the others know nothing of Lua.
+"""
+
+from __future__ import annotations
+
+from spawn_reaper.bindings.calling import Calling
+
+
+def install(calling: Calling) -> None:
+    """Give scripts everything but the cgroup object."""

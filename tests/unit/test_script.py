@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from spawn_reaper.bindings.calling import Misuse, exposed
 from spawn_reaper.release import Release
 from spawn_reaper.script import Script, ScriptError
 from spawn_reaper.settings import Handlers
@@ -49,7 +50,7 @@ async def load(code: str, limits: Handlers, **operations: Gate) -> Script:
     SCRIPT.write_text(code)
     script = Script(limits, b"/nowhere")
     for name, operation in operations.items():
-        script.bind(name, operation)
+        script.calling.add_function(name, exposed()(operation))
     await script.load(SCRIPT)
     return script
 
@@ -164,7 +165,7 @@ def test_an_operation_that_fails_raises_in_lua_with_the_line(
         script = await load(code, Handlers(), wait=gate)
         script.released(release("job"), None)
         await settle()
-        gate.waiting[0].set_exception(OSError("no luck"))
+        gate.waiting[0].set_exception(Misuse("no luck"))
         assert await script.finish(10) == 0
 
     run(test)
@@ -213,7 +214,7 @@ def test_the_main_chunk_may_wait() -> None:
 
         SCRIPT.write_text("assert(wait() == 'answer')\nfunction cgroup_released() end")
         script = Script(Handlers(), b"/nowhere")
-        script.bind("wait", soon)
+        script.calling.add_function("wait", exposed()(soon))
         await script.load(SCRIPT)
         assert script.handles_releases
 

@@ -1,0 +1,234 @@
+-- The Lua side of calling.py: how a script calls what we give it. Nothing else in the bindings knows
+-- about argument checks, the errors for them, waiting, or userdata.
+--
+-- Called once with the function that drops objects of Python's, the one that runs an operation while
+-- everything waits, and what script.lua returns for waiting. Returns the functions that make functions,
+-- modules and classes, and the one that drops what was collected.
+
+local drop, block, task_number, can_wait, wait, placed = ...
+
+local ceil, error, floor, format = math.ceil, error, math.floor, string.format
+local getmetatable, newproxy, rawequal, select = getmetatable, newproxy, rawequal, select
+local setmetatable, tonumber, tostring, type = setmetatable, tonumber, tostring, type
+local unpack, match, gmatch = unpack, string.match, string.gmatch
+
+-- How a call ended; the same numbers as in calling.py.
+local RETURN, FAIL, RAISE, WAIT, NEW, SELF = 0, 1, 2, 3, 4, 5
+
+local LARGEST = 2 ^ 53 -- no string is longer, no double more exact
+
+-- Objects: a userdata for each, which stands for one of Python's.
+local handles = setmetatable({}, { __mode = "k" }) -- userdata -> number that calling.py knows
+local class_of = setmetatable({}, { __mode = "k" }) -- userdata -> name of its class
+local prototypes = {} -- name of a class -> userdata to make others from
+local collected = {} -- numbers of objects that Lua has collected
+
+local function raise(...)
+  error(placed(format(...)), 0)
+end
+
+local function type_name(value)
+  return class_of[value] or type(value)
+end
+
+-- Arguments. A converter returns what Python gets, or nil for "not that type".
+
+local converters = {
+  any = function(value)
+    return value
+  end,
+  string = function(value)
+    return type(value) == "string" and value or type(value) == "number" and tostring(value) or nil
+  end,
+  ["number|string"] = function(value)
+    return (type(value) == "string" or type(value) == "number") and value or nil
+  end,
+  integer = function(value, name, position)
+    local number = tonumber(value)
+    if not number or type(value) == "table" then
+      return nil
+    elseif number ~= number or number == 1 / 0 or number == -1 / 0 then
+      raise("bad argument #%d to '%s' (number has no integer representation)", position, name)
+    elseif number > LARGEST or number < -LARGEST then
+      return number > 0 and LARGEST or -LARGEST
+    end
+    return number < 0 and ceil(number) or floor(number)
+  end,
+  table = function(value)
+    return type(value) == "table" and value or nil
+  end,
+  ["function"] = function(value)
+    return type(value) == "function" and value or nil
+  end,
+}
+
+-- A kind is the name of a converter or of a class, or one of each ("address|string").
+local function converter_of(kind)
+  if converters[kind] then
+    return converters[kind]
+  end
+  local class, other = match(kind, "^([^|]+)|?(.*)$")
+  other = converters[other]
+  return function(value, ...)
+    if class_of[value] == class then
+      return handles[value]
+    end
+    return other and other(value, ...)
+  end
+end
+
+-- KINDS is a list in one string: "string integer? string...". FIRST is the position of the first.
+local function checker(name, kinds, first)
+  local list, optional, rest = {}, {}, nil
+  for kind, mark in gmatch(kinds, "([^ ?.]+)([?.]*)") do
+    list[#list + 1] = { kind = kind, convert = converter_of(kind) }
+    optional[#list] = mark == "?"
+    rest = mark == "..." and list[#list] or nil
+  end
+  local count = #list
+
+  local function check(i, value, given)
+    local expected = list[i] or rest
+    if value == nil and optional[i] then
+      return nil
+    end
+    local converted
+    if value ~= nil then
+      converted = expected.convert(value, name, first + i - 1)
+    end
+    if converted == nil then
+      raise(
+        "bad argument #%d to '%s' (%s expected, got %s)",
+        first + i - 1, name, match(expected.kind, "[^|]+$"),
+        given < i and "no value" or type_name(value)
+      )
+    end
+    return converted
+  end
+
+  local function check_all(given, ...)
+    local arguments = { ... }
+    for i = 1, given > count and given or count do
+      arguments[i] = check(i, arguments[i], given)
+    end
+    return unpack(arguments, 1, given > count and given or count)
+  end
+
+  return function(...)
+    local given = select("#", ...)
+    if given > count and not rest then
+      raise("too many arguments to '%s' (%d expected, got %d)", name, first + count - 1,
+        first + given - 1)
+    elseif count == 0 then
+      return
+    elseif count == 1 and given <= 1 then
+      return check(1, (...), given)
+    end
+    return check_all(given, ...)
+  end
+end
+
+-- Results.
+
+-- Finalizers run in the middle of anything, even while the interpreter is closed; so they only take
+-- note.
+local function drop_collected()
+  if collected[1] then
+    local numbers = collected
+    collected = {}
+    drop(unpack(numbers))
+  end
+end
+
+local function new(class, handle)
+  drop_collected()
+  local object = newproxy(prototypes[class])
+  handles[object] = handle
+  class_of[object] = class
+  return object
+end
+
+local function results(self, outcome, ...)
+  if outcome == RETURN then
+    return ...
+  elseif outcome == SELF then
+    return self
+  elseif outcome == FAIL then
+    return nil, (...)
+  elseif outcome == NEW then
+    return new(...)
+  elseif outcome == WAIT then
+    if can_wait() then
+      return results(self, wait(...))
+    end
+    return results(self, block(...))
+  end
+  raise("%s", (...))
+end
+
+-- Functions. CALL is Python's, or for one that has to wait: takes the number of the task first.
+
+local function with_task(name, call)
+  return function(handle, ...)
+    if not can_wait() then
+      raise("%s() cannot wait here, below require, dofile or a function that Lua itself called", name)
+    end
+    return call(handle, task_number(), ...)
+  end
+end
+
+local function bind(name, kinds, call)
+  local check = checker(name, kinds, 1)
+  return function(...)
+    return results(nil, call(check(...)))
+  end
+end
+
+local function bind_method(name, kinds, call, has_to_wait, class, is_self)
+  local check = checker(name, kinds, 2)
+  call = has_to_wait and with_task(name, call) or call
+  return function(self, ...)
+    local handle = is_self(self)
+    if not handle then
+      raise("bad argument #1 to '%s' (%s expected, got %s)", name, class,
+        self == nil and "no value" or type_name(self))
+    end
+    return results(self, call(handle, check(...)))
+  end
+end
+
+-- A table whose functions are called with ":", as Python's object HANDLE.
+local function module(name, handle)
+  local self = {}
+  local function is_self(value)
+    return rawequal(value, self) and handle
+  end
+  local function add(method, kinds, call, has_to_wait)
+    self[method] = bind_method(method, kinds, call, has_to_wait, name, is_self)
+  end
+  return self, add
+end
+
+-- A class, whose objects are made by results.
+local function class(name, describe)
+  local prototype = newproxy(true)
+  local meta = getmetatable(prototype)
+  local methods = {}
+  meta.__index = methods
+  meta.__metatable = name
+  meta.__gc = function(object)
+    collected[#collected + 1] = handles[object]
+  end
+  meta.__tostring = function(object)
+    return describe(handles[object])
+  end
+  prototypes[name] = prototype
+  local function is_self(value)
+    return class_of[value] == name and handles[value]
+  end
+  return function(method, kinds, call, has_to_wait)
+    methods[method] = bind_method(method, kinds, call, has_to_wait, name, is_self)
+  end
+end
+
+return bind, module, class, drop_collected
