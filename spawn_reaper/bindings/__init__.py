@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+from spawn_reaper.bindings import address, control_client, socket
 from spawn_reaper.bindings.calling import Calling
 
 
 def install(calling: Calling) -> None:
     """Give scripts everything but the cgroup object."""
+    address.install(calling)
+    sockets = socket.install(calling)
+    control_client.install(calling, sockets)
