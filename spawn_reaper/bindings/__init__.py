@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from spawn_reaper.bindings import address, control_client, socket, sodium
+from spawn_reaper.bindings import address, control_client, pg, socket, sodium
 from spawn_reaper.bindings.calling import Calling
 
 
@@ -15,3 +15,4 @@ def install(calling: Calling) -> None:
     sockets = socket.install(calling)
     control_client.install(calling, sockets)
     sodium.install(calling)
+    pg.install(calling)

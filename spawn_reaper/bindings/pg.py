@@ -1,0 +1,68 @@
+"""The table "pg" of scripts: arrays, and connections, which are the business of database.py."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from spawn_reaper.bindings.calling import Calling, Misuse, exposed
+from spawn_reaper.bindings.pg_text import NotAnArray, join_array, split_array, text_of
+
+if TYPE_CHECKING:
+    from spawn_reaper.bindings.database import Connection
+
+
+class Pg:
+    """The table "pg"."""
+
+    def __init__(self, calling: Calling) -> None:
+        self._calling = calling
+        self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+        calling.task_ended.append(self._task_ended)
+
+    def _task_ended(self, task: int) -> None:
+        for connection in self._connections:
+            connection.task_ended(task)
+
+    @exposed("string string?", returns="connection")
+    def new(self, conninfo: bytes, schema: bytes | None = None) -> Connection:
+        """Return a connection that connects by itself, again and again."""
+        from spawn_reaper.bindings import database  # psycopg is large, and few scripts need it
+
+        database.install(self._calling)
+        connection = database.Connection(conninfo, schema, self._calling)
+        self._connections.add(connection)
+        return connection
+
+    @exposed("table")
+    def encode_array(self, table: Any) -> bytes:
+        """Return the text of a PostgreSQL array."""
+        return join_array(self._elements(table))
+
+    def _elements(self, table: Any) -> Iterator[bytes]:
+        found = dict(table.items())
+        for position in range(1, len(table) + 1):
+            element = text_of(found.get(position))
+            if element is None:
+                raise Misuse(
+                    f"bad element #{position} (string, number or boolean expected, "
+                    f"got {self._calling.type_name(found.get(position))})"
+                )
+            yield element
+
+    @exposed("string")
+    def decode_array(self, text: bytes) -> Any:
+        """Return the elements of a PostgreSQL array, as strings."""
+        table = self._calling.new_table()
+        try:
+            for position, element in enumerate(split_array(text), 1):
+                table[position] = element
+        except NotAnArray as error:
+            raise Misuse(f"bad argument #2 to 'decode_array' (not an array: {error})") from None
+        return table
+
+
+def install(calling: Calling) -> None:
+    """Give scripts the table "pg"."""
+    calling.add_module("pg", Pg(calling))
