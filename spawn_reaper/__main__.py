@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -19,9 +20,10 @@ from spawn_common.service import AlreadyRunning, Claims, Service
 from spawn_common.settings import SettingsError
 from spawn_common.settings import load as load_settings
 from spawn_reaper.accounts import Accounts
+from spawn_reaper.bindings.calling import Trace
 from spawn_reaper.reaper import Reaper
 from spawn_reaper.scopes import ScopeFinder, check_pattern
-from spawn_reaper.script import Script, ScriptError
+from spawn_reaper.script import Script, ScriptError, new_runtime
 from spawn_reaper.settings import Settings, check
 from spawn_reaper.usage import local_counters
 
@@ -29,6 +31,7 @@ _log = logging.getLogger("spawn_reaper")
 
 DEFAULT_CONFIG: Final = Path("/etc/cm4all/spawn/reaper.toml")
 DEFAULT_SCRIPT: Final = Path("/etc/cm4all/spawn/reaper.lua")
+NOWHERE: Final = b"/dev/null"  # a cgroup root below which there is nothing
 
 
 class Unusable(Exception):
@@ -46,6 +49,8 @@ def main() -> None:
     try:
         if arguments.check:
             asyncio.run(_check(arguments))
+        elif arguments.release:
+            asyncio.run(_try(arguments))
         else:
             asyncio.run(_serve(arguments))
     except Unusable as error:
@@ -90,7 +95,16 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="load the settings and run the script's main chunk, report every problem, and exit",
+        help="load the settings, look for unknown names in the script, run its main chunk, report "
+        "every problem, and exit",
+    )
+    parser.add_argument(
+        "--try",
+        metavar="FILE",
+        type=Path,
+        dest="release",
+        help="run the script once against the release in FILE (JSON, - for standard input), print "
+        "what it does, and exit; no cgroup is touched, all else is done for real",
     )
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     return parser.parse_args()
@@ -155,16 +169,27 @@ def _cgroup_root(arguments: argparse.Namespace) -> tuple[bytes, frozenset[bytes]
     return root, mount.options if mount else frozenset()
 
 
-async def _script(arguments: argparse.Namespace, settings: Settings, root: bytes) -> Script | None:
-    """Return the loaded script; None if there is no default script."""
-    path = arguments.lua or DEFAULT_SCRIPT
+def _script_path(arguments: argparse.Namespace) -> Path | None:
+    """Return the path of the script; None if there is no default script."""
+    path: Path = arguments.lua or DEFAULT_SCRIPT
     if not arguments.lua and not path.exists():
         _log.info("%s does not exist, running without a script", path)
         return None
+    return path
+
+
+async def _script(
+    path: Path, settings: Settings, root: bytes, trace: Trace | None = None
+) -> Script:
+    """Return the loaded script."""
     try:
-        script = Script(settings.handlers, root)
+        script = Script(settings.handlers, root, trace)
+    except ScriptError as error:
+        raise Unusable(str(error)) from None
+    try:
         await script.load(path)
     except ScriptError as error:
+        script.close()
         raise Unusable(str(error)) from None
     return script
 
@@ -186,12 +211,53 @@ async def _check(arguments: argparse.Namespace) -> None:
         settings = _settings(arguments)
     except Unusable as error:
         problems += error.problems
-    try:
-        await _script(arguments, settings, b"/")
-    except Unusable as error:
-        problems += error.problems
+    path = _script_path(arguments)
+    if path is not None:
+        problems += _unknown_names(path)
+        try:
+            (await _script(path, settings, NOWHERE)).close()
+        except Unusable as error:
+            problems += error.problems
     if problems:
         raise Unusable(*problems)
+
+
+def _unknown_names(path: Path) -> list[str]:
+    """Return what can be seen to be wrong in a script without running it."""
+    from spawn_reaper.bindings.api import api
+    from spawn_reaper.lint import Unavailable, lint
+
+    try:
+        return lint(new_runtime(), path.read_bytes(), str(path), api())
+    except OSError:
+        return []  # whoever loads it says so
+    except Unavailable as error:
+        _log.warning("%s", error)
+        return []
+
+
+async def _try(arguments: argparse.Namespace) -> None:
+    """Run the script against a release from a file."""
+    from spawn_reaper.trial import TrialError, read_file, read_release, tracer, try_script
+
+    def tell(line: str) -> None:
+        print(line, flush=True)
+
+    settings = _settings(arguments)
+    try:
+        release = read_release(read_file(arguments.release))
+    except OSError as error:
+        raise Unusable(f"{arguments.release}: {error.strerror}") from None
+    except TrialError as error:
+        raise Unusable(f"{arguments.release}: {error}") from None
+    path = _script_path(arguments)
+    if path is None:
+        raise Unusable("there is no script to try")
+    with closing(await _script(path, settings, NOWHERE, tracer(tell))) as script:
+        if not script.handles_releases:
+            raise Unusable(f"{path}: does not define cgroup_released")
+        if not await try_script(script, release, settings.handlers.time, tell):
+            sys.exit(1)
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
@@ -205,7 +271,10 @@ async def _serve(arguments: argparse.Namespace) -> None:
         script.reload(done) if script else done()
 
     def status() -> str:
-        return reaper.status() if reaper else "starting"
+        if reaper is None:
+            return "starting"
+        waiting = script.waiting_count if script else 0
+        return reaper.status() + (f", {waiting} handlers waiting" if waiting else "")
 
     service = Service(reload, status)
     # Patterns are claimed because a scope may be absent now, scopes because patterns may overlap.
@@ -213,7 +282,14 @@ async def _serve(arguments: argparse.Namespace) -> None:
     try:
         for pattern in settings.scopes:
             patterns.take(pattern)
-        script = await _script(arguments, settings, root)
+        stopped = asyncio.ensure_future(service.stopped())
+        path = _script_path(arguments)
+        if path is not None:
+            loading = asyncio.ensure_future(_script(path, settings, root))
+            await asyncio.wait([stopped, loading], return_when=asyncio.FIRST_COMPLETED)
+            if not loading.done():
+                return
+            script = await loading
         reaper = Reaper(
             ScopeFinder(root, [os.fsencode(pattern) for pattern in settings.scopes]),
             Accounts(_local_counters(root, mount_options), pressure=settings.pressure),
@@ -226,7 +302,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         reaper.start()
         _freeze_memory()
         service.ready()
-        await service.stopped()
+        await stopped
         reaper.stop()
         if script is not None and (left := await script.finish(settings.stop)):
             _log.error("%d releases were not handled to the end", left)
@@ -234,6 +310,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
         raise Unusable(str(error)) from None
     finally:
         service.close()
+        if script is not None:
+            script.close()
         patterns.close()
         scopes.close()
 

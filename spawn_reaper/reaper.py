@@ -41,6 +41,7 @@ _FLUSH: Final = 8  # cgroups in a batch for which flushing the scope's statistic
 _BATCH: Final = 256  # cgroups after which events are read again
 _SCAN: Final = 3.0  # seconds from one scan of everything to the next
 _FULL: Final = 32768  # bytes of events that say that there are more
+_HOLD: Final = 0.1  # seconds until the hooks are asked again whether they have room
 _RETRY: Final = 60.0  # seconds until what failed, such as a refused deletion, is tried again
 _STDERR: Final = 2
 _EMPTY: Final = b"populated 0\nfrozen 0\n"
@@ -48,6 +49,9 @@ _EMPTY: Final = b"populated 0\nfrozen 0\n"
 
 class Hooks(Protocol):
     """What is told of each release."""
+
+    def full(self) -> bool:
+        """Whether to keep further releases back, by letting cgroups be."""
 
     def released(self, release: Release, directory: int | None) -> None:
         """Handle a release; DIRECTORY is the cgroup's open directory, None if it is deleted."""
@@ -84,6 +88,8 @@ class Reaper:
         self._complaints: set[tuple[bytes, int | None]] = set()
         self._refused: set[str] = set()  # scopes that another reaper manages
         self._exhausted = False
+        self._holding = False  # releases, since the hooks are full
+        self._hurry = False  # a scope is about to go: hold nothing
         self._started = False
         self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
@@ -249,6 +255,7 @@ class Reaper:
 
     def emptied(self, scope: Scope) -> None:
         """Hurry: the service manager is about to delete everything in the scope."""
+        self._hurry = True
         soon = _next_tick(self._now + self._grace)
         for cgroup in scope.root.descendants():
             # What has not been used yet, and is known to be so, is left to its spawner.
@@ -276,10 +283,26 @@ class Reaper:
         self._timer = None
         self._timer_end = math.inf
         self._now = time.monotonic()
+        if self._must_hold():
+            self._timer_end = self._now + _HOLD
+            self._timer = self._loop.call_at(self._timer_end, self._settle)
+            return
         try:
             self._settle_batch(self._schedule.take_due(self._now, _BATCH))
         finally:
             self._arm()
+        if self._timer_end > self._now:
+            self._hurry = False
+
+    def _must_hold(self) -> bool:
+        """Whether nothing may be released now; what is not released is not lost."""
+        hold = not self._hurry and self._hooks is not None and self._hooks.full()
+        if hold and not self._holding:
+            _log.warning("too many releases wait for handlers; cgroups stay until there is room")
+        elif self._holding and not hold:
+            _log.info("there is room for releases again")
+        self._holding = hold
+        return hold
 
     def _settle_batch(self, cgroups: list[Cgroup]) -> None:
         """Release what can be released, children before their parents."""

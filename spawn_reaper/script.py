@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from spawn_reaper import bindings
-from spawn_reaper.bindings.calling import Calling, Outcome, Runtime
+from spawn_reaper.bindings.calling import Calling, Outcome, Runtime, Trace
 from spawn_reaper.bindings.cgroup import CgroupBinding, fields_of
 from spawn_reaper.release import Release
 from spawn_reaper.report import one_line, printable
@@ -52,7 +52,7 @@ class ScriptError(Exception):
 class Script:
     """A Lua interpreter with (after load()) the administrator's script in it."""
 
-    def __init__(self, limits: Handlers, root: bytes) -> None:
+    def __init__(self, limits: Handlers, root: bytes, trace: Trace | None = None) -> None:
         """Make the interpreter; ROOT is the path of the cgroup root directory."""
         self._limits = limits
         self._lua = new_runtime()
@@ -66,11 +66,11 @@ class Script:
         self.calling = Calling(
             Runtime(
                 self._lua,
-                sys.modules[type(self._lua).__module__].lua_type,
                 self._run,
                 self._tasks.ended,
                 *functions[5:],
-            )
+            ),
+            trace,
         )
         bindings.install(self.calling)
         self._cgroups = CgroupBinding(load, root)
@@ -82,6 +82,7 @@ class Script:
         self._turn_end = 0.0  # monotonic time until which handlers may begin in this turn
         self._reloading = False
         self._reload_waiting: list[Callable[[], None]] = []
+        self.failed_count = 0
 
     # The script as a whole
 
@@ -97,7 +98,11 @@ class Script:
         self._loading = True
         ended = asyncio.get_running_loop().create_future()
         self._run(chunk, lambda: ended.set_result(None))
-        await ended
+        # At the start, waiting for a database counts: a daemon that never gets ready helps nobody.
+        await asyncio.wait([ended], timeout=self._limits.time)
+        if not ended.done():
+            self._tasks.expire_all(f"ran longer than {self._limits.time:g} s")
+            await ended
         self._loading = False
         if self._load_error is not None:
             raise ScriptError(self._load_error)
@@ -149,7 +154,20 @@ class Script:
         self._tasks.expire_all("the daemon ends")
         return left
 
+    def close(self) -> None:
+        """Close what the script has opened; nothing of it may run after this."""
+        self.calling.exits.close()
+
     # Handlers
+
+    def full(self) -> bool:
+        """Whether as many releases wait for their handler as may."""
+        return len(self._queue) >= self._limits.queue
+
+    @property
+    def waiting_count(self) -> int:
+        """How many functions of the script wait, or wait to be called."""
+        return len(self._tasks) + len(self._queue)
 
     def released(self, release: Release, directory: int | None) -> None:
         """Call ``cgroup_released``: now, or if there is too much to do, in its turn.
@@ -207,6 +225,7 @@ class Script:
 
     def _failed(self, path: bytes | None, message: bytes) -> None:
         """Report an error of the script; called by Lua where it happened."""
+        self.failed_count += 1
         text = one_line(message)
         if path is not None:
             _log.error("%s: %s", printable(path).decode(), text)

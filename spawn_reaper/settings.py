@@ -19,9 +19,10 @@ PositiveSeconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 
 
 class Handlers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Limits on the script's functions: how many run at once, seconds, megabytes."""
+    """Limits on the script's functions: how many run, how many wait, seconds, megabytes."""
 
     running: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 256
+    queue: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 50_000
     time: PositiveSeconds = 60.0
     cpu: PositiveSeconds = 5.0
     memory: Annotated[float, msgspec.Meta(ge=1, le=1_000_000)] = 256.0

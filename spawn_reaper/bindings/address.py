@@ -63,6 +63,8 @@ def parse(text: bytes, default_port: int | None) -> Address | HostName:
         raise BadAddress(f"{_quote(text)} is not an address")
     if port is None and default_port is None:
         raise BadAddress(f"{_quote(text)} lacks a port")
+    if port == b"":
+        raise BadAddress(f"{_quote(text)} lacks a port after the colon")
     if port is not None and port.isdigit() and not 0 < int(port[:9]) < 0x10000:
         raise BadAddress(f"{_quote(text)} has a port out of range")
     name = HostName(host, port if port is not None else b"%d" % (default_port or 0))

@@ -2,15 +2,17 @@
 -- about argument checks, the errors for them, waiting, or userdata.
 --
 -- Called once with the function that drops objects of Python's, the one that runs an operation while
--- everything waits, and what script.lua returns for waiting. Returns the functions that make functions,
--- modules and classes, and the one that drops what was collected.
+-- everything waits, the one that is told of every call or nil, and what script.lua returns for waiting.
+-- Returns the functions that make functions, modules and classes, and the one that drops what was
+-- collected.
 
-local drop, block, task_number, can_wait, wait, placed = ...
+local drop, block, trace, task_number, can_wait, wait, placed = ...
 
 local ceil, error, floor, format = math.ceil, error, math.floor, string.format
 local getmetatable, newproxy, rawequal, select = getmetatable, newproxy, rawequal, select
 local setmetatable, tonumber, tostring, type = setmetatable, tonumber, tostring, type
-local unpack, match, gmatch = unpack, string.match, string.gmatch
+local concat, gmatch, match, sub, unpack =
+    table.concat, string.gmatch, string.match, string.sub, unpack
 
 -- How a call ended; the same numbers as in calling.py.
 local RETURN, FAIL, RAISE, WAIT, NEW, SELF = 0, 1, 2, 3, 4, 5
@@ -62,6 +64,8 @@ local converters = {
   end,
 }
 
+local EXPECTED = { integer = "number", ["number|string"] = "string" }
+
 -- A kind is the name of a converter or of a class, or one of each ("address|string").
 local function converter_of(kind)
   if converters[kind] then
@@ -77,13 +81,21 @@ local function converter_of(kind)
   end
 end
 
--- KINDS is a list in one string: "string integer? string...". FIRST is the position of the first.
+-- KINDS is a list in one string: "string integer? string...", where the last may come any number of
+-- times, or not at all. FIRST is the position of the first.
 local function checker(name, kinds, first)
   local list, optional, rest = {}, {}, nil
   for kind, mark in gmatch(kinds, "([^ ?.]+)([?.]*)") do
-    list[#list + 1] = { kind = kind, convert = converter_of(kind) }
-    optional[#list] = mark == "?"
-    rest = mark == "..." and list[#list] or nil
+    local expected = {
+      name = EXPECTED[kind] or match(kind, "[^|]+$"),
+      convert = converter_of(kind),
+    }
+    if mark == "..." then
+      rest = expected
+    else
+      list[#list + 1] = expected
+      optional[#list] = mark == "?"
+    end
   end
   local count = #list
 
@@ -99,7 +111,7 @@ local function checker(name, kinds, first)
     if converted == nil then
       raise(
         "bad argument #%d to '%s' (%s expected, got %s)",
-        first + i - 1, name, match(expected.kind, "[^|]+$"),
+        first + i - 1, name, expected.name,
         given < i and "no value" or type_name(value)
       )
     end
@@ -168,6 +180,26 @@ end
 
 -- Functions. CALL is Python's, or for one that has to wait: takes the number of the task first.
 
+local function show(value)
+  if type(value) == "string" then
+    return format("%q", #value > 60 and sub(value, 1, 57) .. "..." or value)
+  end
+  return class_of[value] and tostring(value) or type(value) == "table" and "{...}" or tostring(value)
+end
+
+-- Returns the values as one string.
+local function list_of(...)
+  local shown = {}
+  for i = 1, select("#", ...) do
+    shown[i] = show((select(i, ...)))
+  end
+  return concat(shown, ", ")
+end
+
+local function list_without_self(_, ...)
+  return list_of(...)
+end
+
 local function with_task(name, call)
   return function(handle, ...)
     if not can_wait() then
@@ -177,24 +209,44 @@ local function with_task(name, call)
   end
 end
 
+-- Tells of a call when it has returned. SHOWN is the name that the script knows, ARGUMENTS shows the
+-- arguments.
+local function traced(shown, arguments_of, call)
+  if not trace then
+    return call
+  end
+  local function tell(place, arguments, ...)
+    trace(place, shown, arguments, list_of(...))
+    return ...
+  end
+  return function(...)
+    return tell(placed(""), arguments_of(...), call(...))
+  end
+end
+
 local function bind(name, kinds, call)
   local check = checker(name, kinds, 1)
-  return function(...)
+  return traced(name, list_of, function(...)
     return results(nil, call(check(...)))
-  end
+  end)
 end
 
 local function bind_method(name, kinds, call, has_to_wait, class, is_self)
   local check = checker(name, kinds, 2)
   call = has_to_wait and with_task(name, call) or call
-  return function(self, ...)
+  local function method(self, ...)
     local handle = is_self(self)
     if not handle then
-      raise("bad argument #1 to '%s' (%s expected, got %s)", name, class,
-        self == nil and "no value" or type_name(self))
+      raise("bad argument #1 to '%s' (%s expected, got %s)", name, class, type_name(self))
     end
     return results(self, call(handle, check(...)))
   end
+  return traced(match(class, "^%S+") .. ":" .. name, list_without_self, function(...)
+    if select("#", ...) == 0 then
+      raise("bad argument #1 to '%s' (%s expected, got no value)", name, class)
+    end
+    return method(...)
+  end)
 end
 
 -- A table whose functions are called with ":", as Python's object HANDLE.
@@ -204,7 +256,7 @@ local function module(name, handle)
     return rawequal(value, self) and handle
   end
   local function add(method, kinds, call, has_to_wait)
-    self[method] = bind_method(method, kinds, call, has_to_wait, name, is_self)
+    self[method] = bind_method(method, kinds, call, has_to_wait, name .. " module", is_self)
   end
   return self, add
 end
@@ -231,4 +283,4 @@ local function class(name, describe)
   end
 end
 
-return bind, module, class, drop_collected
+return bind, module, class, drop_collected, type_name

@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future as ThreadFuture
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -26,16 +27,11 @@ _BLOCK_LIMIT: Final = LIMIT + 1  # for operations that end by themselves after L
 # How a call ended; the same numbers as in calling.lua.
 _RETURN, _FAIL, _RAISE, _WAIT, _NEW, _SELF = range(6)
 
-_TYPE_NAMES: Final = {
-    type(None): "nil",
-    bool: "boolean",
-    int: "number",
-    float: "number",
-    bytes: "string",
-}
-
 Outcome = tuple[Any, ...]
 """One of the numbers above, and what belongs to it."""
+
+Trace = Callable[[bytes, bytes, bytes, bytes], None]
+"""Is told of a call: place in the script, name, arguments, results."""
 
 
 def raising(message: str) -> Outcome:
@@ -112,8 +108,6 @@ class Runtime(NamedTuple):
     """What calling needs of the Lua runtime: functions of lupa and of script.lua."""
 
     lua: Any
-    lua_type: Callable[[Any], str | None]
-    """Lua's name for the type of a value from Lua; None for numbers, strings and so on."""
     spawn: Callable[[Any, Callable[[], None]], None]
     """Runs a function of Lua as a task, and calls the other one when that has ended."""
     task_ended: list[Callable[[int], None]]
@@ -127,9 +121,8 @@ class Runtime(NamedTuple):
 class Calling:
     """Gives a script functions, modules and classes."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, trace: Trace | None = None) -> None:
         self._lua = runtime.lua
-        self._lua_type = runtime.lua_type
         self.spawn = runtime.spawn
         self._numbers = itertools.count(1)
         self._objects: dict[int, Any] = {}
@@ -137,11 +130,13 @@ class Calling:
         self._names: dict[type, bytes] = {}
         code = Path(__file__).with_name("calling.lua").read_bytes()
         load = self._lua.eval(b"loadstring")
-        functions = load(code, b"=calling.lua")(self._drop, self._block, *runtime[4:])
-        self._bind, self._module, self._class, self.drop_collected = functions
+        functions = load(code, b"=calling.lua")(self._drop, self._block, trace, *runtime[3:])
+        self._bind, self._module, self._class, self.drop_collected, self._type_name = functions
         """drop_collected() forgets the objects that Lua has collected."""
         self._collect = self._lua.eval(b"collectgarbage")
         self.task_ended = runtime.task_ended
+        self.exits = ExitStack()
+        """What is to be called when no script will run any more."""
 
     # What bindings offer
 
@@ -282,7 +277,8 @@ class Calling:
 
     def type_name(self, value: Any) -> str:
         """Return Lua's name for the type of a value that came from Lua."""
-        return _TYPE_NAMES.get(type(value)) or self._lua_type(value) or "userdata"
+        name: bytes = self._type_name(value)
+        return name.decode()
 
     def new_table(self) -> Any:
         """Return a new table of Lua."""

@@ -26,6 +26,9 @@ _PRESSURE: Final = {
     f"{resource}_pressure".encode(): f"{resource}.pressure".encode()
     for resource in Pressures.__struct_fields__
 }
+FIELDS: Final = (*_FIELDS, *(name.decode() for name in _PRESSURE), "own", "parent", "xattr")
+"""The names that scripts may read of a released cgroup."""
+
 _NO_PRESSURES: Final = (None, None, None)
 
 

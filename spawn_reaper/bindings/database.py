@@ -179,6 +179,14 @@ class Connection:
             self._unused = True
             self._advance()
 
+    def close(self) -> None:
+        """Give up the link and everything that was to be done."""
+        self._unused = True
+        self._queue.clear()
+        if self._task is not None:
+            self._task.cancel()
+        self._close_link()
+
     def task_ended(self, task: int) -> None:
         """Roll back what a task has begun and not ended."""
         if self._bereft == task:
@@ -257,7 +265,7 @@ class Connection:
         self._bereft, self._owner = self._owner, None
         self._connect()
 
-    def _close(self) -> None:
+    def _close_link(self) -> None:
         if self._link is not None:
             self._unwatch()
             self._link.pgconn.finish()
@@ -277,7 +285,7 @@ class Connection:
             self._task.add_done_callback(partial(self._performed, self._link, query))
             query.add_done_callback(self._settled)
         elif self._unused and not self._queue:
-            self._close()
+            self._close_link()
         else:
             self._watch()
 

@@ -20,6 +20,11 @@ class Pg:
         self._calling = calling
         self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
         calling.task_ended.append(self._task_ended)
+        calling.exits.callback(self._close)
+
+    def _close(self) -> None:
+        for connection in list(self._connections):
+            connection.close()
 
     def _task_ended(self, task: int) -> None:
         for connection in self._connections:

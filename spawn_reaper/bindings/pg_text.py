@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -29,41 +30,23 @@ def join_array(elements: Iterable[bytes]) -> bytes:
     return b"{" + b",".join(b'"' + element + b'"' for element in quoted) + b"}"
 
 
+# Anything may be escaped; outside of quotes, what has a meaning must be (PostgreSQL manual, 8.15).
+_ELEMENT = re.compile(rb'"((?:[^"\\]|\\.)*)"|((?:[^",{}\\]|\\.)*)', re.DOTALL)
+_ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
+
+
 def split_array(text: bytes) -> Iterator[bytes]:
-    """Yield the elements of an array's text form (PostgreSQL manual, 8.15.6)."""
-    if len(text) < 2 or not (text.startswith(b"{") and text.endswith(b"}")):
+    """Yield the elements of an array's text; NotAnArray says why that cannot be done."""
+    end = len(text) - 1
+    if end < 1 or not (text.startswith(b"{") and text.endswith(b"}")):
         raise NotAnArray("not enclosed in braces")
-    position, end = 1, len(text) - 1
-    while position < end or text[position - 1 : position] == b",":
-        if text[position : position + 1] == b'"':
-            element, position = _quoted_element(text, position + 1, end)
-        else:
-            element, position = _plain_element(text, position, end)
-        yield element
-        if position < end and text[position : position + 1] != b",":
-            raise NotAnArray("text after a quoted element")
-        position += 1
-
-
-def _quoted_element(text: bytes, position: int, end: int) -> tuple[bytes, int]:
-    """Return the element, and the position after its closing quote."""
-    element = bytearray()
-    while position < end:
-        if text[position] == ord('"'):
-            return bytes(element), position + 1
-        if text[position] == ord("\\"):
-            position += 1
-        if position < end:
-            element.append(text[position])
-        position += 1
-    raise NotAnArray("a quote is not closed")
-
-
-def _plain_element(text: bytes, position: int, end: int) -> tuple[bytes, int]:
-    """Return the element, and the position after it."""
-    comma = text.find(b",", position, end)
-    stop = end if comma < 0 else comma
-    element = text[position:stop]
-    if any(character in element for character in (b"{", b"}", b'"')):
-        raise NotAnArray("more than one dimension, or a quote in the middle")
-    return element, stop
+    position = 1
+    while end > 1:
+        found = _ELEMENT.match(text, position, end)
+        assert found is not None  # even if there is nothing, nothing is an element
+        if found.end() < end and text[found.end()] != ord(","):
+            raise NotAnArray(f"unexpected character at position {found.end() + 1}")
+        yield _ESCAPED.sub(rb"\1", found[1] if found[1] is not None else found[2])
+        if found.end() == end:
+            return
+        position = found.end() + 1

@@ -125,6 +125,11 @@ class Sockets:
     def __init__(self, calling: Calling) -> None:
         self._calling = calling
         self.open: set[Socket] = set()
+        calling.exits.callback(self._close)
+
+    def _close(self) -> None:
+        for opened in list(self.open):
+            opened.close()
 
     @exposed("address|string table?", returns="socket")
     def connect(self, where: Address | bytes, options: Any = None) -> Any:

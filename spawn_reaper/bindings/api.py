@@ -1,0 +1,37 @@
+"""The names that scripts find, for those who look at scripts without running them."""
+
+from __future__ import annotations
+
+from spawn_reaper.bindings import cgroup, control_client, pg, socket, sodium
+from spawn_reaper.bindings.calling import signatures_of
+from spawn_reaper.bindings.database import Connection, Result
+from spawn_reaper.lint import Api
+
+
+def api() -> Api:
+    """Return all functions, tables and classes."""
+
+    def returns(owner: object) -> dict[str, str | None]:
+        return {name: signature.returns for name, signature in signatures_of(owner).items()}
+
+    return Api(
+        functions={"control_resolve": "address"},
+        modules={
+            "socket": returns(socket.Sockets),
+            "control_client": returns(control_client.ControlClients),
+            "sodium": dict.fromkeys(sodium.FUNCTIONS),
+            "pg": returns(pg.Pg),
+        },
+        classes={
+            "address": {},
+            "socket": returns(socket.Socket),
+            "control_client": returns(control_client.ControlClient),
+            "builder": returns(control_client.Builder),
+            "connection": returns(Connection),
+            "result": returns(Result),
+            "cgroup": {},
+        },
+        fields={
+            "cgroup": dict.fromkeys(cgroup.FIELDS) | {"parent": "cgroup", "xattr": "xattr"},
+        },
+    )
