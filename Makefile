@@ -8,10 +8,11 @@
 PYTHON ?= python3
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-# pystemd is built from source (lupa, PyNaCl and msgspec come as wheels), tests and benchmarks run
-# C programs, and lua-cjson shows that C modules load.
-PACKAGES := python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-dev libpq5 lua-cjson \
-    util-linux attr
+# pystemd is built from source (the other Python packages come as wheels), tests and benchmarks run C
+# programs and PostgreSQL servers of their own, lua-check reads scripts, and lua-cjson shows that C
+# modules load.
+PACKAGES := python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-dev libpq5 lua-check \
+    lua-cjson postgresql util-linux attr
 
 .PHONY: demo test check bench clean packages
 .DELETE_ON_ERROR:
@@ -35,16 +36,21 @@ bench: .venv/complete
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
-# Installs only what is missing, so that nothing is asked of root where nothing is needed.
+# Installs only what is missing, so that nothing is asked of root where nothing is needed. The package
+# of PostgreSQL would make a server of its own and start it.
+NO_SERVER := /etc/postgresql-common/createcluster.d/cm4all-spawn-test.conf
 packages:
 	@missing=$$(for package in $(PACKAGES); do \
 	    dpkg-query -W -f '$${db:Status-Status}\n' $$package 2>/dev/null | grep -qx installed \
 	    || echo $$package; done); \
 	if [ -n "$$missing" ]; then \
 	    echo "installing" $$missing; \
+	    $(SUDO) mkdir -p $(dir $(NO_SERVER)) && \
+	    echo 'create_main_cluster = false' | $(SUDO) tee $(NO_SERVER) >/dev/null && \
 	    $(SUDO) apt-get update -qq && \
-	    DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends \
+	    $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	        $$missing >/dev/null; \
+	    status=$$?; $(SUDO) rm -f $(NO_SERVER); exit $$status; \
 	fi
 
 clean:

@@ -89,7 +89,6 @@ class Reaper:
         self._refused: set[str] = set()  # scopes that another reaper manages
         self._exhausted = False
         self._holding = False  # releases, since the hooks are full
-        self._hurry = False  # a scope is about to go: hold nothing
         self._started = False
         self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
@@ -255,7 +254,6 @@ class Reaper:
 
     def emptied(self, scope: Scope) -> None:
         """Hurry: the service manager is about to delete everything in the scope."""
-        self._hurry = True
         soon = _next_tick(self._now + self._grace)
         for cgroup in scope.root.descendants():
             # What has not been used yet, and is known to be so, is left to its spawner.
@@ -291,18 +289,22 @@ class Reaper:
             self._settle_batch(self._schedule.take_due(self._now, _BATCH))
         finally:
             self._arm()
-        if self._timer_end > self._now:
-            self._hurry = False
 
     def _must_hold(self) -> bool:
         """Whether nothing may be released now; what is not released is not lost."""
-        hold = not self._hurry and self._hooks is not None and self._hooks.full()
+        hold = self._hooks is not None and self._hooks.full() and not self._must_hurry()
         if hold and not self._holding:
             _log.warning("too many releases wait for handlers; cgroups stay until there is room")
         elif self._holding and not hold:
             _log.info("there is room for releases again")
         self._holding = hold
         return hold
+
+    def _must_hurry(self) -> bool:
+        """Whether a scope may go at any moment, with all that is in it."""
+        return any(
+            scope.root.children and not scope.populated for scope in self._tree.scopes.values()
+        )
 
     def _settle_batch(self, cgroups: list[Cgroup]) -> None:
         """Release what can be released, children before their parents."""

@@ -110,6 +110,10 @@ class _Listener:
         self._running = True
         self._calling.spawn(self._function, self._ended)
 
+    def notify_after(self, _: asyncio.Future[Any]) -> None:
+        """Run the function: LISTEN has been performed again."""
+        self.notify()
+
     def _ended(self) -> None:
         self._running = False
         if self._again:
@@ -131,7 +135,7 @@ class Connection:
         self._since = 0.0  # when the link came about, by the loop's clock
         self._delay = 0.0  # before the next attempt
         self._task: asyncio.Task[Any] | None = None  # connects, or performs a query
-        self._watched = False  # whether the loop looks at the idle link
+        self._watched: int | None = None  # descriptor of the idle link that the loop looks at
         self._owner: int | None = None  # the task that has begun a transaction
         self._bereft: int | None = None  # the task whose transaction went with a link
         self._listeners: dict[bytes, _Listener] = {}
@@ -169,7 +173,7 @@ class Connection:
             raise Misuse(f"already listening on '{name.decode(errors='replace')}'")
         self._listeners[name] = _Listener(function, self._calling)
         if self._link is not None:
-            self._execute_first(_Query(0, _listen(self._link, name), []))
+            self._send_listen(self._link, name)
 
     # Of the runtime
 
@@ -197,11 +201,12 @@ class Connection:
             )
             self._execute_first(_Query(task, b"ROLLBACK", []))
 
-    def _execute_first(self, query: _Query) -> None:
+    def _execute_first(self, query: _Query) -> _Query:
         """Perform a query of our own before those of the script."""
         query.add_done_callback(self._log_failure)
         self._queue.appendleft(query)
         self._advance()
+        return query
 
     def _log_failure(self, query: asyncio.Future[Any]) -> None:
         if not query.cancelled() and (error := query.exception()) is not None:
@@ -222,6 +227,8 @@ class Connection:
                 link = await self._attempt()
             except (psycopg.Error, OSError) as error:
                 _log.error("%s: %s", self._name, one_line(str(error).encode()))
+            except Exception:
+                _log.exception("%s: a mistake of ours", self._name)
             else:
                 self._use(link)
                 return
@@ -236,22 +243,26 @@ class Connection:
             if self._schema is not None:
                 quoted = bytes(Escaping(link.pgconn).escape_literal(self._schema))
                 await link.execute(b"SET SCHEMA " + quoted)
-            for name in list(self._listeners):
-                await link.execute(_listen(link, name))
         except BaseException:
             await link.close()
             raise
         return link
 
     def _use(self, link: psycopg.AsyncConnection[Any]) -> None:
-        if self._since:
+        again = self._since > 0
+        if again:
             _log.info("%s: connected again", self._name)
-            for listener in self._listeners.values():
-                # Whatever was notified in between is lost.
-                asyncio.get_running_loop().call_soon(listener.notify)
         self._link, self._task = link, None
         self._since = asyncio.get_running_loop().time()
+        for name, listener in self._listeners.items():
+            query = self._send_listen(link, name)
+            if again:  # what was notified in between is lost, so the script has to look
+                query.add_done_callback(listener.notify_after)
         self._advance()
+
+    def _send_listen(self, link: psycopg.AsyncConnection[Any], name: bytes) -> _Query:
+        quoted = bytes(Escaping(link.pgconn).escape_identifier(name))
+        return self._execute_first(_Query(0, b"LISTEN " + quoted, []))
 
     def _lose(self, reason: str) -> None:
         """Give up the link and try to get another."""
@@ -281,9 +292,10 @@ class Connection:
         if query is not None:
             self._unwatch()
             query.begin()
-            self._task = asyncio.get_running_loop().create_task(_execute(self._link, query))
-            self._task.add_done_callback(partial(self._performed, self._link, query))
-            query.add_done_callback(self._settled)
+            task = asyncio.get_running_loop().create_task(_execute(self._link, query))
+            task.add_done_callback(partial(self._performed, self._link, query))
+            query.add_done_callback(partial(self._settled, task))
+            self._task = task
         elif self._unused and not self._queue:
             self._close_link()
         else:
@@ -304,10 +316,9 @@ class Connection:
                 return query
         return None
 
-    def _settled(self, query: asyncio.Future[Any]) -> None:
+    def _settled(self, task: asyncio.Task[Any], query: asyncio.Future[Any]) -> None:
         """End at the server what nobody waits for any more."""
-        if query.cancelled() and self._task is not None:
-            task = self._task
+        if query.cancelled():
             task.cancel()  # psycopg then asks the server to cancel
             asyncio.get_running_loop().call_later(_CANCEL_LIMIT, task.cancel)
 
@@ -328,7 +339,7 @@ class Connection:
         elif status == TransactionStatus.ACTIVE:
             self._lose(str(failure or "the server did not end a query"))
         else:
-            self._owner = query.task if status in _IN_TRANSACTION else None
+            self._note_transaction(query, begun=status in _IN_TRANSACTION)
         if not query.done():
             if failure is not None:
                 query.set_exception(failure)
@@ -336,18 +347,25 @@ class Connection:
                 query.set_result(Result(task.result(), self._calling))
         self._advance()
 
+    def _note_transaction(self, query: _Query, *, begun: bool) -> None:
+        """Remember whose transaction has begun; nobody's, if that task has ended meanwhile."""
+        ended = query.cancelled() and self._owner != query.task
+        self._owner = query.task if begun else None
+        if begun and ended:
+            self.task_ended(query.task)
+
     # Idle links
 
     def _watch(self) -> None:
         """Look out for notifications and for the end of the link."""
-        if not self._watched and self._link is not None:
-            asyncio.get_running_loop().add_reader(self._link.fileno(), self._readable)
-            self._watched = True
+        if self._watched is None and self._link is not None:
+            self._watched = self._link.fileno()
+            asyncio.get_running_loop().add_reader(self._watched, self._readable)
 
     def _unwatch(self) -> None:
-        if self._watched and self._link is not None:
-            asyncio.get_running_loop().remove_reader(self._link.fileno())
-            self._watched = False
+        if self._watched is not None:
+            asyncio.get_running_loop().remove_reader(self._watched)
+            self._watched = None
 
     def _readable(self) -> None:
         assert self._link is not None
@@ -420,10 +438,6 @@ async def _execute(link: psycopg.AsyncConnection[Any], query: _Query) -> PGresul
     while cursor.nextset():
         pass
     return cursor.pgresult
-
-
-def _listen(link: psycopg.AsyncConnection[Any], name: bytes) -> bytes:
-    return b"LISTEN " + bytes(Escaping(link.pgconn).escape_identifier(name))
 
 
 def _failure_of(error: BaseException | None) -> Failure | None:

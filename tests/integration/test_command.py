@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def problems(result: subprocess.CompletedProcess[str]) -> list[str]:
 def test_help_names_every_flag(tmp_path: Path) -> None:
     result = run("--help", directory=tmp_path)
     assert result.returncode == 0
-    flags = ("--cgroup-root", "--scope", "--lua", "--config", "--check", "--version")
+    flags = ("--cgroup-root", "--scope", "--lua", "--config", "--check", "--try", "--version")
     assert all(flag in result.stdout for flag in flags)
 
 
@@ -70,6 +71,87 @@ def test_check_reports_every_problem_with_file_and_line(tmp_path: Path) -> None:
         "s.toml:5",
         "s.lua:3",
     ]
+
+
+def test_check_finds_unknown_names_in_functions_that_it_does_not_run(tmp_path: Path) -> None:
+    code = """
+    local client = control_client:new("/run/nowhere")
+    function cgroup_released(cgroup)
+      pritn(cgroup.cpu_totl)
+      client:sned(client:build())
+    end
+    """
+    (tmp_path / "s.lua").write_text(code)
+    assert problems(run("--check", "--lua", "s.lua", directory=tmp_path)) == [
+        "s.lua:4: unknown global 'pritn'; did you mean 'print'?",
+        "s.lua:4: cgroup has no field 'cpu_totl'; did you mean 'cpu_total'?",
+        "s.lua:5: control_client has no method 'sned'; did you mean 'send'?",
+    ]
+
+
+TRIED = """
+local receiver = assert(socket:connect("@RECEIVER", {type = "dgram"}))
+
+function cgroup_released(cgroup)
+  if cgroup.remainder then
+    error("not this one")
+  end
+  receiver:send(cgroup.xattr.account .. " " .. cgroup.cpu_total)
+end
+"""
+
+
+def test_try_runs_the_script_against_a_release_from_a_file(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind("")  # the kernel chooses an abstract name
+        receiver.settimeout(5)
+        name = receiver.getsockname()[1:].decode()
+        (tmp_path / "s.lua").write_text(TRIED.replace("RECEIVER", name))
+        (tmp_path / "r.json").write_text('{"cpu_total": 1.5, "xattr": {"account": "alice"}}')
+        result = run("--try", "r.json", "--lua", "s.lua", directory=tmp_path)
+        assert receiver.recv(100) == b"alice 1.5"
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = re.sub(r"after .* s", "after TIME s", result.stdout).splitlines()
+    assert lines == [
+        f's.lua:2: socket:connect("@{name}", {{...}}) -> {lines[0].rpartition("-> ")[2]}',
+        "cgroup_released: job: cpu=1.5s",
+        's.lua:8: socket:send("alice 1.5") -> 9',
+        "cgroup_released: done after TIME s",
+    ]
+
+
+def test_try_fails_if_the_handler_fails(tmp_path: Path) -> None:
+    code = 'function cgroup_released(cgroup)\n  error("no " .. cgroup.path)\nend'
+    (tmp_path / "s.lua").write_text(code)
+    result = subprocess.run(
+        [PROGRAM, "--try", "-", "--lua", "s.lua"],
+        input='{"path": "/x"}',
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 1
+    assert result.stderr == "/x: s.lua:2: no /x\n"
+    assert "failed after" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "release", "problem"),
+    [
+        ("function cgroup_released() end", "{", "r.json: "),
+        ("function cgroup_released() end", '{"cpu": 1}', "r.json: "),
+        ("", "{}", "s.lua: does not define cgroup_released"),
+        ("x = = 1", "{}", "s.lua:1: "),
+    ],
+)
+def test_what_cannot_be_tried_is_named(
+    tmp_path: Path, code: str, release: str, problem: str
+) -> None:
+    (tmp_path / "s.lua").write_text(code)
+    (tmp_path / "r.json").write_text(release)
+    result = run("--try", "r.json", "--lua", "s.lua", directory=tmp_path)
+    assert problems(result)[0].startswith(problem)
 
 
 @pytest.mark.parametrize(

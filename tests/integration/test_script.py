@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import pytest
 
-from tests.tools.harness import Cgroup, Host, Reaper, wait_for
+from tests.tools.harness import DEADLINE, Cgroup, Host, Reaper, wait_for
 
 
 def run_jobs(scope: Cgroup, reaper: Reaper, *names: str) -> None:
@@ -301,3 +305,89 @@ def test_pressure_is_nil_once_the_directory_is_gone(host: Host, scope: Cgroup) -
     run_jobs(scope, reaper, "one", "two")
     reaper.stop()
     assert reaper.output() == ["nil\ttrue\talice"]
+
+
+@contextmanager
+def busy_server() -> Iterator[tuple[str, socket.socket]]:
+    """Yield address and socket of a server with no room for one more connection."""
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.socket(socket.AF_UNIX))
+        server.bind("")  # the kernel chooses an abstract name
+        server.listen(0)
+        first = stack.enter_context(socket.socket(socket.AF_UNIX))
+        first.connect(server.getsockname())
+        yield "@" + server.getsockname()[1:].decode(), server
+
+
+def accept_all(server: socket.socket, stopped: threading.Event) -> None:
+    """Accept connections until told to stop."""
+    server.settimeout(0.05)
+    while not stopped.is_set():
+        with suppress(TimeoutError):
+            server.accept()[0].close()
+
+
+CONNECTING = """
+local settings = { type = "stream" }
+function cgroup_released(cgroup)
+  assert(socket:connect("%s", settings))
+  print(cgroup.path:match("[^/]+$"))
+end
+"""
+
+
+def test_with_a_full_queue_cgroups_stay_until_there_is_room(host: Host, scope: Cgroup) -> None:
+    names = [f"job-{number}" for number in range(8)]
+    with busy_server() as (address, server), ExitStack() as stack:
+        settings = "[handlers]\nrunning = 2\nqueue = 3\n"
+        reaper = host.reaper(scope, script=CONNECTING % address, settings=settings)
+        run_jobs(scope, reaper, *names[:5])
+        for name in names[5:]:
+            scope.make(name).run()
+        full = "too many releases wait for handlers; cgroups stay until there is room"
+        wait_for("it says so", lambda: full in reaper.errors())
+        assert scope.children() == ["_", *names[5:]]
+        stopped = threading.Event()
+        thread = threading.Thread(target=accept_all, args=(server, stopped))
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(stopped.set)
+        wait_for("all are handled", partial(has_printed, reaper, len(names)))
+        assert scope.children() == ["_"]
+        reaper.stop()
+    assert sorted(reaper.output()) == names
+    assert "there is room for releases again" in reaper.errors()
+
+
+def test_a_scope_that_goes_away_is_released_even_with_a_full_queue(
+    host: Host, scope: Cgroup
+) -> None:
+    with busy_server() as (address, _):
+        settings = "stop = 0\n[handlers]\nrunning = 1\nqueue = 1\n"
+        reaper = host.reaper(scope, script=CONNECTING % address, settings=settings)
+        run_jobs(scope, reaper, "one", "two")
+        scope.make("three").run()
+        wait_for("it is held", lambda: any("too many" in line for line in reaper.errors()))
+        (scope.directory / "cgroup.kill").write_text("1")
+        wait_for("all are released", lambda: scope.children() == [])
+        reaper.stop()
+    released = [line.partition(":")[0] for line in reaper.errors() if " since=" in line]
+    assert sorted(released) == ["one", "three", "two"]
+
+
+def test_the_daemon_can_be_ended_while_its_script_waits_at_the_start(
+    host: Host, scope: Cgroup
+) -> None:
+    with busy_server() as (address, _):
+        script = f'print("connects") socket:connect("{address}")'
+        reaper = host.start_reaper(scope, script=script)
+        wait_for("it waits", partial(has_printed, reaper, 1))
+        reaper.stop()
+    assert "READY=1" not in reaper.notifications
+
+
+def test_a_start_that_waits_for_a_database_is_bounded(host: Host, scope: Cgroup) -> None:
+    script = 'local db = pg:new("host=/nonexistent")\nassert(db:execute("SELECT 1"))\n'
+    reaper = host.start_reaper(scope, script=script, settings="[handlers]\ntime = 0.2\n")
+    assert reaper.process.wait(DEADLINE) == 1
+    assert reaper.errors()[-1].endswith("reaper.lua:2: ran longer than 0.2 s")
