@@ -170,29 +170,33 @@ local function abandon(number)
   end
 end
 
+-- Called in the task with what xpcall() returned; returns what a plain coroutine would.
+local function ended(ok, ...)
+  unlimit()
+  local task = tasks[current]
+  tasks[current] = nil -- at once: a table that waits for the collector grows large
+  if task.close then
+    task.close(task.object)
+  end
+  if not ok then
+    failed(task.path, (...))
+  end
+  limited = true -- whoever resumed it, if that was not us
+  if not ok then
+    error((...), 0)
+  end
+  return ...
+end
+
 -- Returns a function that runs HANDLER as a task, up to its end or its first yield. What that
 -- function takes, after the path for failed(), goes to NEW, which makes HANDLER's argument; CLOSE is
 -- called with the argument when the handler has ended, however that came about.
 local function starter(handler, new, close)
   return function(path, ...)
     local object = new and new(...)
-
     local co = create(function()
-      local ok, message = xpcall(handler, locate, object)
-      unlimit()
-      tasks[current] = nil -- at once: a table that waits for the collector grows large
-      if close then
-        close(object)
-      end
-      if not ok then
-        failed(path, message)
-      end
-      limited = true -- whoever resumed it, if that was not us
-      if not ok then
-        error(message, 0)
-      end
+      return ended(xpcall(handler, locate, object))
     end)
-
     tasks[co] = { path = path, object = object, close = close }
     return slice(co)
   end
@@ -207,8 +211,9 @@ local function enter_again(co, ...)
   return enter(co, ...)
 end
 
-local function entered(co, outer, ok, marker, ...)
+local function entered(co, outer, ...)
   current = outer
+  local ok, marker = ...
   if ok and marker == OPERATION then
     waits[co] = true
     if tasks[co] then
@@ -216,7 +221,7 @@ local function entered(co, outer, ok, marker, ...)
     end
     return enter_again(co, yield(OPERATION))
   end
-  return ok, marker, ...
+  return ...
 end
 
 enter = function(co, ...)

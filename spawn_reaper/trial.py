@@ -15,7 +15,7 @@ import msgspec
 
 from spawn_reaper import usage
 from spawn_reaper.release import Pressures, Release
-from spawn_reaper.report import release_line
+from spawn_reaper.report import one_line, release_line
 from spawn_reaper.script import Script
 from spawn_reaper.usage import Counters, Peaks, Pressure, Usage
 
@@ -141,8 +141,8 @@ def tracer(tell: Tell) -> Callable[[bytes, bytes, bytes, bytes], None]:
     """Return what prints a line for each call that the script makes."""
 
     def trace(place: bytes, name: bytes, arguments: bytes, results: bytes) -> None:
-        call = f"{os.fsdecode(place)}{os.fsdecode(name)}({os.fsdecode(arguments)})"
-        tell(f"{call} -> {os.fsdecode(results)}" if results else call)
+        call = place + name + b"(" + arguments + b")"
+        tell(one_line(call + b" -> " + results if results else call))
 
     return trace
 

@@ -224,9 +224,10 @@ local function traced(shown, arguments_of, call)
   end
 end
 
-local function bind(name, kinds, call)
+-- SHOWN is how the script calls the function NAME.
+local function bind(name, kinds, call, shown)
   local check = checker(name, kinds, 1)
-  return traced(name, list_of, function(...)
+  return traced(shown, list_of, function(...)
     return results(nil, call(check(...)))
   end)
 end

@@ -142,11 +142,14 @@ class Calling:
 
     def add_function(self, name: str, function: Callable[..., Any]) -> None:
         """Give the script a global function."""
-        self._lua.globals()[name.encode()] = self._bound(name, function)
+        self._lua.globals()[name.encode()] = self._bound(name, function, name)
 
     def add_functions(self, name: str, functions: dict[str, Callable[..., Any]]) -> None:
         """Give the script a global table of functions."""
-        bound = {key.encode(): self._bound(key, function) for key, function in functions.items()}
+        bound = {
+            key.encode(): self._bound(key, function, f"{name}.{key}")
+            for key, function in functions.items()
+        }
         self._lua.globals()[name.encode()] = self._lua.table_from(bound)
 
     def add_module(self, name: str, owner: object) -> None:
@@ -168,13 +171,13 @@ class Calling:
             call = self._caller(getattr(class_, name), signature)
             add(name.encode(), signature.kinds.encode(), call, signature.waits)
 
-    def _bound(self, name: str, function: Callable[..., Any]) -> Any:
+    def _bound(self, name: str, function: Callable[..., Any], shown: str) -> Any:
         signature = _signatures[function]
 
         def call(*arguments: Any) -> Outcome:
             return self._outcome_of(function, arguments)
 
-        return self._bind(name.encode(), signature.kinds.encode(), call)
+        return self._bind(name.encode(), signature.kinds.encode(), call, shown.encode())
 
     def _caller(self, function: Callable[..., Any], signature: Signature) -> Callable[..., Outcome]:
         objects = self._objects

@@ -69,7 +69,7 @@ class Builder:
                 payloads.append(argument)
             elif position == 2 or not isinstance(arguments[position - 3], bytes):
                 raise Misuse(f"bad argument #{position} to '{name}' (string expected, got number)")
-            elif not 0 <= argument <= _SECONDS_MAX or argument != int(argument):
+            elif not 0 <= argument <= _SECONDS_MAX:
                 raise Misuse(f"bad argument #{position} to '{name}' (not a number of seconds)")
             else:
                 payloads[-1] = struct.pack(">I", int(argument)) + payloads[-1]

@@ -226,7 +226,7 @@ class Connection:
             try:
                 link = await self._attempt()
             except (psycopg.Error, OSError) as error:
-                _log.error("%s: %s", self._name, one_line(str(error).encode()))
+                _log.error("%s: %s", self._name, one_line(str(error).strip().encode()))
             except Exception:
                 _log.exception("%s: a mistake of ours", self._name)
             else:
@@ -288,6 +288,8 @@ class Connection:
         """Do what is next, unless something is being done."""
         if self._link is None or self._task is not None:
             return
+        if self._queue and not self._is_alive():
+            return
         query = self._next()
         if query is not None:
             self._unwatch()
@@ -329,8 +331,8 @@ class Connection:
         task: asyncio.Task[PGresult | None],
     ) -> None:
         """Hand over what came of a query, and look at the state in which it left the link."""
-        if task.cancelled() and not query.cancelled():
-            return  # the daemon ends
+        if self._link is not link or (task.cancelled() and not query.cancelled()):
+            return  # closed, since the daemon ends
         self._task = None
         failure = None if task.cancelled() else _failure_of(task.exception())
         status = link.pgconn.transaction_status
@@ -367,6 +369,14 @@ class Connection:
             asyncio.get_running_loop().remove_reader(self._watched)
             self._watched = None
 
+    def _is_alive(self) -> bool:
+        """Find out whether the link is still there, before a query is risked on it."""
+        # Before the end there may be a message, and what follows that is seen by the second look.
+        self._readable()
+        if self._link is not None:
+            self._readable()
+        return self._link is not None
+
     def _readable(self) -> None:
         assert self._link is not None
         pgconn = self._link.pgconn
@@ -401,7 +411,7 @@ def _read_conninfo(text: bytes) -> tuple[str, str]:
     try:
         given = conninfos.conninfo_to_dict(text.decode(errors="surrogateescape"))
     except (psycopg.Error, UnicodeError) as error:
-        reason = one_line(str(error).encode(errors="surrogateescape"))
+        reason = one_line(str(error).strip().encode(errors="surrogateescape"))
         raise Misuse(f"bad argument #2 to 'new' ({reason})") from None
     shown = " ".join(
         f"{key}={given[key]}" for key in ("service", "dbname", "host", "port") if given.get(key)

@@ -9,6 +9,7 @@ import resource
 import socket
 import threading
 from collections.abc import Awaitable
+from contextlib import suppress
 from typing import Any, Final
 
 from spawn_reaper.bindings.address import Address, HostName, addresses, resolved
@@ -29,6 +30,7 @@ class Socket:
         self._socket = plain
         self._sockets = sockets
         self._turn = asyncio.Lock()  # so that what two handlers send does not get mixed
+        self._waiting = 0  # how many wait for their turn or have it
         self._closed = False
         self._torn = False  # the peer has got one half of something
 
@@ -38,31 +40,33 @@ class Socket:
     @exposed("string integer? integer?")
     def send(self, data: bytes, start: int | None = None, end: int | None = None) -> Any:
         """Send DATA from START to END, which count as in string.sub(); return how many bytes."""
-        part = _part_of(data, start, end)
-        self._check()
-        return self.send_all(part)
+        return self.send_all(_part_of(data, start, end))
 
     def send_all(self, data: memoryview) -> int | Awaitable[int]:
         """Send it at once if that can be done; if not, return what has to be waited for."""
         sent = 0
-        if not self._turn.locked():
+        if not self._waiting:
+            self._check()
             try:
                 sent = self._socket.send(data, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 pass
             except OSError as error:
                 raise Failure(_reason(error)) from error
-            else:
-                if sent == len(data):
-                    return sent
+            if sent == len(data):
+                return sent
+            self._torn = sent > 0
+        self._waiting += 1
         return self._send_rest(data, sent)
 
     async def _send_rest(self, data: memoryview, sent: int) -> int:
         if self._turn.locked() and threading.current_thread() is not threading.main_thread():
+            self._waiting -= 1
             raise Failure("another handler is sending")
         try:
             async with asyncio.timeout(LIMIT), self._turn:
-                self._check()
+                if not sent:
+                    self._check()
                 self._torn = self._socket.type == socket.SOCK_STREAM
                 await asyncio.get_running_loop().sock_sendall(self._socket, data[sent:])
                 self._torn = False
@@ -71,7 +75,8 @@ class Socket:
         except OSError as error:
             raise Failure(_reason(error)) from None
         finally:
-            if self._closed:
+            self._waiting -= 1
+            if self._closed and not self._waiting:
                 self._release()
         return len(data)
 
@@ -87,13 +92,16 @@ class Socket:
         if self._closed:
             return
         self._closed = True
-        if self._turn.locked():
+        if self._waiting:
             # Whoever is sending must let go of the descriptor first, and does when that fails.
-            self._socket.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
         else:
             self._release()
 
-    dropped = close
+    def dropped(self) -> None:
+        """Close the socket: Lua has collected it."""
+        self.close()
 
     def _release(self) -> None:
         self._socket.close()
