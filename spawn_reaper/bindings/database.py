@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -124,19 +125,27 @@ class _Listener:
 class Connection:
     """What pg:new() returns."""
 
-    def __init__(self, conninfo: bytes, schema: bytes | None, calling: Calling) -> None:
+    def __init__(
+        self,
+        conninfo: bytes,
+        schema: bytes | None,
+        calling: Calling,
+        is_owner: Callable[[int], bool],
+    ) -> None:
+        """IS_OWNER tells whether a task is within a transaction, on whatever connection."""
         self._conninfo, self._name = _read_conninfo(conninfo)
         if schema is not None and b"\0" in schema:
             raise Misuse("bad argument #3 to 'new' (the schema contains a NUL byte)")
         self._schema = schema
         self._calling = calling
+        self._is_owner = is_owner
         self._queue: deque[_Query] = deque()
         self._link: psycopg.AsyncConnection[Any] | None = None
         self._since = 0.0  # when the link came about, by the loop's clock
         self._delay = 0.0  # before the next attempt
         self._task: asyncio.Task[Any] | None = None  # connects, or performs a query
         self._watched: int | None = None  # descriptor of the idle link that the loop looks at
-        self._owner: int | None = None  # the task that has begun a transaction
+        self.owner: int | None = None  # the task that has begun a transaction
         self._bereft: int | None = None  # the task whose transaction went with a link
         self._listeners: dict[bytes, _Listener] = {}
         self._unused = False
@@ -160,6 +169,8 @@ class Connection:
             self._bereft = None
             raise Failure("the connection was lost in the middle of the transaction")
         query = _Query(task, sql, values)
+        if self._is_owner(task):
+            query.begin()  # its time counts: others may be waiting for it, and it for them
         self._queue.append(query)
         self._advance()
         return query
@@ -195,7 +206,7 @@ class Connection:
         """Roll back what a task has begun and not ended."""
         if self._bereft == task:
             self._bereft = None
-        if self._owner == task:
+        if self.owner == task:
             _log.error(
                 "%s: a handler ended within its transaction, which is rolled back", self._name
             )
@@ -273,7 +284,7 @@ class Connection:
         self._link = None
         if asyncio.get_running_loop().time() - self._since > _LASTING:
             self._delay = 0.0
-        self._bereft, self._owner = self._owner, None
+        self._bereft, self.owner = self.owner, None
         self._connect()
 
     def _close_link(self) -> None:
@@ -306,10 +317,10 @@ class Connection:
     def _next(self) -> _Query | None:
         """Take the next query; within a transaction, of those who belong to it."""
         while self._queue:
-            if self._owner is None:
+            if self.owner is None:
                 query = self._queue.popleft()
             else:
-                found = next((query for query in self._queue if query.task == self._owner), None)
+                found = next((query for query in self._queue if query.task == self.owner), None)
                 if found is None:
                     return None
                 self._queue.remove(found)
@@ -339,6 +350,7 @@ class Connection:
         if link.pgconn.status != ConnStatus.OK:
             self._lose(str(failure or "the link was closed"))
         elif status == TransactionStatus.ACTIVE:
+            failure = failure and Failure("COPY cannot be used by scripts")
             self._lose(str(failure or "the server did not end a query"))
         else:
             self._note_transaction(query, begun=status in _IN_TRANSACTION)
@@ -351,8 +363,8 @@ class Connection:
 
     def _note_transaction(self, query: _Query, *, begun: bool) -> None:
         """Remember whose transaction has begun; nobody's, if that task has ended meanwhile."""
-        ended = query.cancelled() and self._owner != query.task
-        self._owner = query.task if begun else None
+        ended = query.cancelled() and self.owner != query.task
+        self.owner = query.task if begun else None
         if begun and ended:
             self.task_ended(query.task)
 

@@ -26,6 +26,9 @@ class Pg:
         for connection in list(self._connections):
             connection.close()
 
+    def _is_owner(self, task: int) -> bool:
+        return any(connection.owner == task for connection in self._connections)
+
     def _task_ended(self, task: int) -> None:
         for connection in self._connections:
             connection.task_ended(task)
@@ -36,7 +39,7 @@ class Pg:
         from spawn_reaper.bindings import database  # psycopg is large, and few scripts need it
 
         database.install(self._calling)
-        connection = database.Connection(conninfo, schema, self._calling)
+        connection = database.Connection(conninfo, schema, self._calling, self._is_owner)
         self._connections.add(connection)
         return connection
 
