@@ -12,7 +12,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # programs and PostgreSQL servers of their own, lua-check reads scripts, and lua-cjson shows that C
 # modules load.
 PACKAGES := python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-dev libpq5 lua-check \
-    lua-cjson postgresql util-linux attr
+    lua-cjson postgresql iproute2 util-linux attr
 
 .PHONY: demo test check bench clean packages
 .DELETE_ON_ERROR:
