@@ -1,7 +1,7 @@
 -- The Lua side of calling.py: how a script calls what we give it. Nothing else in the bindings knows
 -- about argument checks, the errors for them, waiting, or userdata.
 --
--- Called once with the function that drops objects of Python's, the one that runs an operation while
+-- Called once with the function that drops an object of Python's, the one that runs an operation while
 -- everything waits, the one that is told of every call or nil, and what script.lua returns for waiting.
 -- Returns the functions that make functions, modules and classes, and the one that drops what was
 -- collected.
@@ -148,7 +148,9 @@ local function drop_collected()
   if collected[1] then
     local numbers = collected
     collected = {}
-    drop(unpack(numbers))
+    for i = 1, #numbers do
+      drop(numbers[i])
+    end
   end
 end
 
@@ -178,7 +180,7 @@ local function results(self, outcome, ...)
   raise("%s", (...))
 end
 
--- Functions. CALL is Python's, or for one that has to wait: takes the number of the task first.
+-- Traces.
 
 local function show(value)
   if type(value) == "string" then
@@ -200,15 +202,6 @@ local function list_without_self(_, ...)
   return list_of(...)
 end
 
-local function with_task(name, call)
-  return function(handle, ...)
-    if not can_wait() then
-      raise("%s() cannot wait here, below require, dofile or a function that Lua itself called", name)
-    end
-    return call(handle, task_number(), ...)
-  end
-end
-
 -- Tells of a call when it has returned. SHOWN is the name that the script knows, ARGUMENTS shows the
 -- arguments.
 local function traced(shown, arguments_of, call)
@@ -221,6 +214,17 @@ local function traced(shown, arguments_of, call)
   end
   return function(...)
     return tell(placed(""), arguments_of(...), call(...))
+  end
+end
+
+-- Functions. CALL is Python's, or for one that has to wait: takes the number of the task first.
+
+local function with_task(name, call)
+  return function(handle, ...)
+    if not can_wait() then
+      raise("%s() cannot wait here, below require, dofile or a function that Lua itself called", name)
+    end
+    return call(handle, task_number(), ...)
   end
 end
 

@@ -260,15 +260,14 @@ class Calling:
         self._objects[number] = owner
         return number
 
-    def _drop(self, *numbers: int) -> None:
-        """Forget objects that Lua has collected."""
-        for number in numbers:
-            dropped = self._objects.pop(number)
-            try:
-                if hasattr(dropped, "dropped"):
-                    dropped.dropped()
-            except Exception:
-                _log.exception("a mistake of ours")
+    def _drop(self, number: int) -> None:
+        """Forget an object that Lua has collected."""
+        dropped = self._objects.pop(number)
+        try:
+            if hasattr(dropped, "dropped"):
+                dropped.dropped()
+        except Exception:
+            _log.exception("a mistake of ours")
 
     def _describe(self, number: int) -> bytes:
         return str(self._objects[number]).encode(errors="surrogateescape")
