@@ -7,9 +7,10 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -31,6 +32,7 @@ _log = logging.getLogger("spawn_reaper")
 
 DEFAULT_CONFIG: Final = Path("/etc/cm4all/spawn/reaper.toml")
 DEFAULT_SCRIPT: Final = Path("/etc/cm4all/spawn/reaper.lua")
+_STACK: Final = 100 << 20  # bytes
 NOWHERE: Final = b"/dev/null"  # a cgroup root below which there is nothing
 
 
@@ -45,6 +47,7 @@ class Unusable(Exception):
 def main() -> None:
     """Run the command; the exit status is 0, or 1 for a problem, or 2 for wrong usage."""
     arguments = _parse_arguments()
+    _allow_deep_recursion()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         if arguments.check:
@@ -108,6 +111,18 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     return parser.parse_args()
+
+
+def _allow_deep_recursion() -> None:
+    """Let a script's endless recursion end in an error of Lua, not in a crash.
+
+    Lua's limit for functions that C calls, such as those that string.gsub calls, is reached at
+    about 60 MB of stack. The kernel leaves room for 128 MB, and asks for the limit only when the
+    stack grows.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    with suppress(ValueError, OSError):  # the hard limit is lower
+        resource.setrlimit(resource.RLIMIT_STACK, (_STACK, hard))
 
 
 class _Version(argparse.Action):

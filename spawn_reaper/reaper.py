@@ -284,6 +284,7 @@ class Reaper:
         if self._must_hold():
             self._timer_end = self._now + _HOLD
             self._timer = self._loop.call_at(self._timer_end, self._settle)
+            self._settle_batch(self._in_danger())
             return
         try:
             self._settle_batch(self._schedule.take_due(self._now, _BATCH))
@@ -292,7 +293,7 @@ class Reaper:
 
     def _must_hold(self) -> bool:
         """Whether nothing may be released now; what is not released is not lost."""
-        hold = self._hooks is not None and self._hooks.full() and not self._must_hurry()
+        hold = self._hooks is not None and self._hooks.full()
         if hold and not self._holding:
             _log.warning("too many releases wait for handlers; cgroups stay until there is room")
         elif self._holding and not hold:
@@ -300,11 +301,18 @@ class Reaper:
         self._holding = hold
         return hold
 
-    def _must_hurry(self) -> bool:
-        """Whether a scope may go at any moment, with all that is in it."""
-        return any(
-            scope.root.children and not scope.populated for scope in self._tree.scopes.values()
-        )
+    def _in_danger(self) -> list[Cgroup]:
+        """Take what is due in scopes that have run empty, and may go at any moment."""
+        found = [
+            cgroup
+            for scope in self._tree.scopes.values()
+            if not scope.populated
+            for cgroup in scope.root.descendants()
+            if cgroup.due is not None and cgroup.due <= self._now
+        ]
+        for cgroup in found:
+            cgroup.due = None
+        return found
 
     def _settle_batch(self, cgroups: list[Cgroup]) -> None:
         """Release what can be released, children before their parents."""

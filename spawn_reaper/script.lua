@@ -1,9 +1,9 @@
 -- The Lua side of script.py: runs the script's functions as coroutines, under limits.
 --
 -- Called once with the limits, a function that takes (path, message) when a handler fails, and one
--- that takes (number of the task, path, operation) when a task begins to wait. Returns the functions
--- that script.py and the bindings call. Whatever the script may replace later (coroutine, error, ...)
--- is kept in locals.
+-- that takes (number of the task, path, operation) when a task begins to wait. Returns a table of what
+-- script.py and the bindings need. Whatever the script may replace later (coroutine, error, ...) is
+-- kept in locals.
 
 local cpu_limit, memory_limit, failed, suspended = ...
 
@@ -53,38 +53,54 @@ local function placed(message)
   end
 end
 
-local INSTRUCTIONS = 1000 -- between two looks at the limits
+local INSTRUCTIONS = 997 -- between two looks at the limits; a prime, so that loops do not hide
 local OURS = { ["=script.lua"] = true, ["=calling.lua"] = true, ["=cgroup.lua"] = true }
 local limited = false -- a handler runs, and not our own work for it
-local strict = false -- a handler has used up its CPU time
+local strict = false -- the hook runs at every instruction
 local cpu_end = 0
 
-local function check()
-  if not limited or OURS[getinfo(2, "S").source] then
-    return -- what happens in our files is not the script's fault
+local check
+
+local function every(instructions)
+  strict = instructions == 1
+  sethook(check, "", instructions)
+end
+
+local function used_too_much_memory()
+  return collectgarbage("count") * 1024 > memory_limit
+end
+
+check = function()
+  if not limited then
+    return
   end
-  if clock() > cpu_end then
+  local late = clock() > cpu_end
+  if OURS[getinfo(2, "S").source] then
+    -- Our files must not be left in the middle of something: at the script's next instruction.
+    if (late or used_too_much_memory()) and not strict then
+      every(1)
+    end
+  elseif late then
     -- From now on every instruction of the script fails, so that no pcall in it can go on.
-    strict = true
-    sethook(check, "", 1)
+    every(1)
     error(placed(format("used more than %g s of CPU time", cpu_limit)), 0)
-  end
-  if collectgarbage("count") * 1024 > memory_limit then
+  elseif used_too_much_memory() then
     collectgarbage()
-    if collectgarbage("count") * 1024 > memory_limit then
+    if used_too_much_memory() then
       error(placed(format("used more than %g MB of memory", memory_limit / 1000000)), 0)
     end
+  elseif strict then
+    every(INSTRUCTIONS)
   end
 end
 
 -- The hook stays: taking it away and back for each handler would cost more than leaving it.
-sethook(check, "", INSTRUCTIONS)
+every(INSTRUCTIONS)
 
 local function unlimit()
   limited = false
   if strict then
-    strict = false
-    sethook(check, "", INSTRUCTIONS)
+    every(INSTRUCTIONS)
   end
 end
 
@@ -104,8 +120,9 @@ end
 
 local OPERATION = {} -- what is yielded by a wait, so that it differs from the script's own yields
 local WAITS = "cannot resume a coroutine that waits for an operation"
+local DEEPEST = 190 -- coroutines that resume each other; LuaJIT crashes soon after
 
--- The state that a slice ends in; any other number is that of the task, which waits.
+-- The state that a slice ends in; any greater number is that of the task, which waits.
 local DONE, PARKED = 0, 1
 
 local tasks = weak() -- coroutine of a task -> what is known about it; must not refer to the coroutine
@@ -113,7 +130,8 @@ local waits = weak() -- coroutine -> true while it, or one that it has resumed, 
 local confined = weak() -- coroutine -> true while whoever resumed it cannot yield
 local waiting = {} -- number of a task that waits -> its coroutine
 local current -- the coroutine of the task that runs
-local last = PARKED -- the number that was given to a task last
+local depth = 0 -- coroutines of the script that run one in the other
+local last = PARKED -- the number that was given to a task last; they begin after the states
 
 local function task_number()
   local task = tasks[current]
@@ -141,6 +159,7 @@ local function slice(co, ...)
   cpu_end = clock() + cpu_limit
   limited = true
   current = co
+  depth = 0
   local _, marker = resume(co, ...)
   current = nil
   unlimit()
@@ -213,6 +232,7 @@ end
 
 local function entered(co, outer, ...)
   current = outer
+  depth = depth - 1
   local ok, marker = ...
   if ok and marker == OPERATION then
     waits[co] = true
@@ -225,6 +245,10 @@ local function entered(co, outer, ...)
 end
 
 enter = function(co, ...)
+  if depth >= DEEPEST then
+    return false, "too many coroutines resume each other"
+  end
+  depth = depth + 1
   local outer = current
   if tasks[co] then
     current = co
@@ -234,7 +258,7 @@ enter = function(co, ...)
   return entered(co, outer, resume(co, ...))
 end
 
-coroutine.resume = function(co, ...)
+local function resume_again(co, ...)
   if type(co) ~= "thread" then
     error(format("bad argument #1 to 'resume' (coroutine expected, got %s)", type(co)), 2)
   elseif waits[co] then
@@ -242,6 +266,7 @@ coroutine.resume = function(co, ...)
   end
   return enter(co, ...)
 end
+coroutine.resume = resume_again
 
 local function unwrapped(ok, ...)
   if not ok then
@@ -255,9 +280,8 @@ coroutine.wrap = function(body)
     error(format("bad argument #1 to 'wrap' (function expected, got %s)", type(body)), 2)
   end
   local co = create(body)
-  local again = coroutine.resume
   return function(...)
-    return unwrapped(again(co, ...))
+    return unwrapped(resume_again(co, ...))
   end
 end
 
@@ -270,4 +294,33 @@ local function global(name)
   return value, type(value)
 end
 
-return starter, compile, global, continue, abandon, task_number, can_wait, wait, placed
+-- Python must not be called while the interpreter is being closed, which runs the script's finalizers.
+local closed = false
+
+local function close()
+  closed = true
+end
+
+-- Wraps a function of Python's that the script can get at.
+local function guarded(call)
+  return function(...)
+    if closed then
+      error("the daemon ends", 0)
+    end
+    return call(...)
+  end
+end
+
+return {
+  abandon = abandon,
+  can_wait = can_wait,
+  close = close,
+  compile = compile,
+  continue = continue,
+  global = global,
+  guarded = guarded,
+  placed = placed,
+  starter = starter,
+  task_number = task_number,
+  wait = wait,
+}

@@ -25,7 +25,7 @@ from spawn_reaper.bindings.cgroup import CgroupBinding, fields_of
 from spawn_reaper.release import Release
 from spawn_reaper.report import one_line, printable
 from spawn_reaper.settings import Handlers
-from spawn_reaper.tasks import NOT_WAITING, Tasks
+from spawn_reaper.tasks import Tasks
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ _CPATH: Final = (
     "/usr/local/lib/lua/5.1/loadall.so"
 )
 
+_MAIN_CHUNK: Final = b""  # in place of the path of a cgroup
+_LAST_ROUNDS: Final = 10  # of the event loop
 _TURN: Final = 0.1  # seconds for which handlers may begin before the daemon looks at its events
 
 
@@ -61,23 +63,19 @@ class Script:
         functions = load(code, b"=script.lua")(
             limits.cpu, limits.memory * 1e6, self._failed, self._suspended
         )
-        self._starter, self._compile, self._global, self.resume, self.abandon = functions[:5]
+        self._starter, self._compile = functions[b"starter"], functions[b"compile"]
+        self._global, self._close_lua = functions[b"global"], functions[b"close"]
+        self.resume, self.abandon = functions[b"continue"], functions[b"abandon"]
         self._tasks = Tasks(limits.time, self, self._outcome, self._failed)
-        self.calling = Calling(
-            Runtime(
-                self._lua,
-                self._run,
-                self._tasks.ended,
-                *functions[5:],
-            ),
-            trace,
-        )
+        self._tasks.ended.append(self._task_ended)
+        runtime = Runtime(self._lua, functions, self._run, self._tasks.ended)
+        self.calling = Calling(runtime, trace)
         bindings.install(self.calling)
-        self._cgroups = CgroupBinding(load, root)
+        self._cgroups = CgroupBinding(load, functions[b"guarded"], root)
         self._begin: Any = None  # starts cgroup_released
-        self._loading = False
         self._load_error: str | None = None
         self._queue: deque[Release] = deque()
+        self._full = False
         self._turn: asyncio.Handle | None = None
         self._turn_end = 0.0  # monotonic time until which handlers may begin in this turn
         self._reloading = False
@@ -95,15 +93,13 @@ class Script:
         chunk = self._compile(code, os.fsencode(path))
         if isinstance(chunk, tuple):
             raise ScriptError(one_line(chunk[1]))
-        self._loading = True
         ended = asyncio.get_running_loop().create_future()
-        self._run(chunk, lambda: ended.set_result(None))
+        self._run(chunk, lambda: ended.set_result(None), _MAIN_CHUNK)
         # At the start, waiting for a database counts: a daemon that never gets ready helps nobody.
         await asyncio.wait([ended], timeout=self._limits.time)
         if not ended.done():
             self._tasks.expire_all(f"ran longer than {self._limits.time:g} s")
             await ended
-        self._loading = False
         if self._load_error is not None:
             raise ScriptError(self._load_error)
         function, kind = self._global(b"cgroup_released")
@@ -149,20 +145,25 @@ class Script:
                 timeout = max(0.0, end - loop.time())
                 await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.sleep(0)  # let what follows from that happen
-        left = len(self._tasks) + len(self._queue)
+        left = self._tasks.handler_count() + len(self._queue)
         self._queue.clear()
         self._tasks.expire_all("the daemon ends")
+        for _ in range(_LAST_ROUNDS):  # they get that error, and have to be through with it
+            await asyncio.sleep(0)
         return left
 
     def close(self) -> None:
         """Close what the script has opened; nothing of it may run after this."""
         self.calling.exits.close()
+        self._close_lua()
 
     # Handlers
 
     def full(self) -> bool:
         """Whether as many releases wait for their handler as may."""
-        return len(self._queue) >= self._limits.queue
+        room_again = self._limits.queue * 9 // 10  # or it would be full again at once
+        self._full = len(self._queue) > (room_again if self._full else self._limits.queue - 1)
+        return self._full
 
     @property
     def waiting_count(self) -> int:
@@ -209,13 +210,14 @@ class Script:
             self._handle(self._queue.popleft())
 
     def _handle(self, release: Release) -> None:
-        state = self._begin(release.path, *fields_of(release))
-        if state not in NOT_WAITING:
-            self._tasks.after(state, self._take_turn_soon)
+        self._begin(release.path, *fields_of(release))
 
-    def _run(self, function: Any, ended: Callable[[], None]) -> None:
+    def _run(self, function: Any, ended: Callable[[], None], path: bytes | None = None) -> None:
         """Run a function of the script that is not about a release; then call ENDED."""
-        self._tasks.after(self._starter(function)(None), ended)
+        self._tasks.after(self._starter(function)(path), ended)
+
+    def _task_ended(self, _: int) -> None:
+        self._take_turn_soon()
 
     def _suspended(self, number: int, path: bytes | None, operation: int) -> None:
         self._tasks.suspended(number, path, self.calling.take(operation))
@@ -227,10 +229,10 @@ class Script:
         """Report an error of the script; called by Lua where it happened."""
         self.failed_count += 1
         text = one_line(message)
-        if path is not None:
-            _log.error("%s: %s", printable(path).decode(), text)
-        elif self._loading:
+        if path == _MAIN_CHUNK:
             self._load_error = text
+        elif path is not None:
+            _log.error("%s: %s", printable(path).decode(), text)
         else:
             _log.error("%s", text)
 

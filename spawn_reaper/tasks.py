@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final, Protocol
 
 from spawn_reaper.bindings.calling import Outcome, Queued, raising
@@ -29,7 +30,17 @@ class Lua(Protocol):
 class _Task:
     """A task that waits, or has done so."""
 
-    __slots__ = ("ended", "left", "number", "operation", "overdue", "path", "since", "timer")
+    __slots__ = (
+        "ended",
+        "left",
+        "number",
+        "operation",
+        "overdue",
+        "path",
+        "since",
+        "timer",
+        "told",
+    )
 
     def __init__(self, number: int, path: bytes | None, left: float) -> None:
         self.number = number
@@ -38,6 +49,7 @@ class _Task:
         self.ended: Callable[[], None] | None = None
         self.operation: asyncio.Future[Any] | None = None
         self.overdue: str | None = None  # why it must end
+        self.told = False  # that it must end
         self.timer: asyncio.TimerHandle | None = None
         self.since = 0.0  # when the clock was started, by the loop's clock
 
@@ -70,15 +82,14 @@ class Tasks:
         if task is None:
             task = self._tasks[number] = _Task(number, path, self._limit)
         task.operation = asyncio.ensure_future(operation)
+        task.operation.add_done_callback(partial(self._resume, task))
         if task.overdue:
             task.operation.cancel()
-            return
-        if isinstance(operation, Queued) and operation.waiting:
+        elif isinstance(operation, Queued) and operation.waiting:
             self._stop_clock(task)
-            operation.begun = lambda: self._start_clock(task)
+            operation.begun = partial(self._start_clock, task)
         elif task.timer is None:
             self._start_clock(task)
-        task.operation.add_done_callback(lambda _: self._resume(task))
 
     def after(self, state: int, ended: Callable[[], None]) -> None:
         """Call ENDED when a task that was just started, and ended its slice so, is done."""
@@ -86,6 +97,10 @@ class Tasks:
             ended()
         else:
             self._tasks[state].ended = ended
+
+    def handler_count(self) -> int:
+        """Return how many are about a release."""
+        return sum(bool(task.path) for task in self._tasks.values())
 
     def operations(self) -> list[asyncio.Future[Any]]:
         """Return what is waited for."""
@@ -115,22 +130,20 @@ class Tasks:
         if task.operation is not None:
             task.operation.cancel()
 
-    def _resume(self, task: _Task) -> None:
-        assert task.operation is not None
-        if task.overdue:
-            outcome = raising(task.overdue)
-        elif task.operation.cancelled():
-            outcome = raising("was cancelled")
-        else:
-            outcome = self._outcome(task.operation)
-        task.operation = None
-        state = self._lua.resume(task.number, *outcome)
-        if state in NOT_WAITING:
-            self._end(task)
-        elif task.overdue:
-            # It has caught the error and waits again.
+    def _resume(self, task: _Task, operation: asyncio.Future[Any]) -> None:
+        if task.told:
+            # It has caught the error for its time, and waits again.
             self._lua.abandon(task.number)
             self._failed(task.path, b"went on after its time was over")
+            self._end(task)
+            return
+        if operation.cancelled():
+            task.told = task.overdue is not None
+            outcome = raising(task.overdue or "was cancelled")
+        else:
+            outcome = self._outcome(operation)  # even if it is late: it may be an open socket
+        task.operation = None
+        if self._lua.resume(task.number, *outcome) in NOT_WAITING:
             self._end(task)
 
     def _end(self, task: _Task) -> None:

@@ -109,8 +109,6 @@ def _look_up(name: HostName, flags: int) -> list[Address]:
         found = socket.getaddrinfo(name.host, name.port, type=socket.SOCK_STREAM, flags=flags)
     except OSError as error:  # socket.gaierror is one
         raise BadAddress(f"cannot resolve {_quote(name.host)}: {error.strerror}") from None
-    except UnicodeError:
-        raise BadAddress(f"cannot resolve {_quote(name.host)}: not a host name") from None
     return [Address(family, where) for family, _, _, _, where in found]
 
 
@@ -135,11 +133,16 @@ async def resolve(name: HostName) -> list[Address]:
             result = _look_up(name, 0)
         except BadAddress as error:
             result = error
-        _lookups.release()
+        finally:
+            _lookups.release()
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, result)
 
-    threading.Thread(target=run, name="resolver", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="resolver", daemon=True).start()
+    except RuntimeError:
+        _lookups.release()
+        raise BadAddress(f"cannot resolve {_quote(name.host)}: no thread for it") from None
     try:
         async with asyncio.timeout(LIMIT):
             return await found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from spawn_reaper.bindings import cgroup, control_client, pg, socket, sodium
 from spawn_reaper.bindings.calling import signatures_of
-from spawn_reaper.bindings.database import Connection, Result
+from spawn_reaper.bindings.database import Connection
+from spawn_reaper.bindings.result import Result
 from spawn_reaper.lint import Api
 
 

@@ -1,15 +1,19 @@
 -- The Lua side of calling.py: how a script calls what we give it. Nothing else in the bindings knows
 -- about argument checks, the errors for them, waiting, or userdata.
 --
--- Called once with the function that drops an object of Python's, the one that runs an operation while
--- everything waits, the one that is told of every call or nil, and what script.lua returns for waiting.
--- Returns the functions that make functions, modules and classes, and the one that drops what was
--- collected.
+-- Called once with the table that script.lua returns, and functions of calling.py: one drops an object
+-- of Python's, one runs an operation while everything waits, one gives the text of an object, and one is
+-- told of every call, or nil. Returns a table of functions.
 
-local drop, block, trace, task_number, can_wait, wait, placed = ...
+local runtime, drop, block, describe, trace = ...
+
+local can_wait, guarded, placed = runtime.can_wait, runtime.guarded, runtime.placed
+describe = guarded(describe)
+local task_number, wait = runtime.task_number, runtime.wait
 
 local ceil, error, floor, format = math.ceil, error, math.floor, string.format
-local getmetatable, newproxy, rawequal, select = getmetatable, newproxy, rawequal, select
+local getmetatable, newproxy, rawequal, rawset, select =
+    getmetatable, newproxy, rawequal, rawset, select
 local setmetatable, tonumber, tostring, type = setmetatable, tonumber, tostring, type
 local concat, gmatch, match, sub, unpack =
     table.concat, string.gmatch, string.match, string.sub, unpack
@@ -36,9 +40,6 @@ end
 -- Arguments. A converter returns what Python gets, or nil for "not that type".
 
 local converters = {
-  any = function(value)
-    return value
-  end,
   string = function(value)
     return type(value) == "string" and value or type(value) == "number" and tostring(value) or nil
   end,
@@ -231,6 +232,7 @@ end
 -- SHOWN is how the script calls the function NAME.
 local function bind(name, kinds, call, shown)
   local check = checker(name, kinds, 1)
+  call = guarded(call)
   return traced(shown, list_of, function(...)
     return results(nil, call(check(...)))
   end)
@@ -238,6 +240,7 @@ end
 
 local function bind_method(name, kinds, call, has_to_wait, class, is_self)
   local check = checker(name, kinds, 2)
+  call = guarded(call)
   call = has_to_wait and with_task(name, call) or call
   local function method(self, ...)
     local handle = is_self(self)
@@ -267,7 +270,7 @@ local function module(name, handle)
 end
 
 -- A class, whose objects are made by results.
-local function class(name, describe)
+local function class(name)
   local prototype = newproxy(true)
   local meta = getmetatable(prototype)
   local methods = {}
@@ -277,7 +280,7 @@ local function class(name, describe)
     collected[#collected + 1] = handles[object]
   end
   meta.__tostring = function(object)
-    return describe(handles[object])
+    return handles[object] and describe(handles[object]) or name
   end
   prototypes[name] = prototype
   local function is_self(value)
@@ -288,4 +291,22 @@ local function class(name, describe)
   end
 end
 
-return bind, module, class, drop_collected, type_name
+-- Sets pairs of keys and values, which follow the table. Python must not: an error in a metamethod
+-- would go right through it.
+local function fill(table, ...)
+  table = table or {}
+  for i = 1, select("#", ...), 2 do
+    local key, value = select(i, ...)
+    rawset(table, key, value)
+  end
+  return table
+end
+
+return {
+  bind = bind,
+  class = class,
+  drop_collected = drop_collected,
+  fill = fill,
+  module = module,
+  type_name = type_name,
+}

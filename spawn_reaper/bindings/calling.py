@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Future as ThreadFuture
 from contextlib import ExitStack
 from pathlib import Path
@@ -105,17 +105,15 @@ def signatures_of(owner: object) -> dict[str, Signature]:
 
 
 class Runtime(NamedTuple):
-    """What calling needs of the Lua runtime: functions of lupa and of script.lua."""
+    """What calling needs of the Lua runtime."""
 
     lua: Any
+    functions: Any
+    """The table that script.lua returns."""
     spawn: Callable[[Any, Callable[[], None]], None]
     """Runs a function of Lua as a task, and calls the other one when that has ended."""
     task_ended: list[Callable[[int], None]]
     """To be called with the number of a task that has waited and is done or parked."""
-    task_number: Any
-    can_wait: Any
-    wait: Any
-    placed: Any
 
 
 class Calling:
@@ -129,10 +127,13 @@ class Calling:
         self._operations: dict[int, Awaitable[Any]] = {}
         self._names: dict[type, bytes] = {}
         code = Path(__file__).with_name("calling.lua").read_bytes()
-        load = self._lua.eval(b"loadstring")
-        functions = load(code, b"=calling.lua")(self._drop, self._block, trace, *runtime[3:])
-        self._bind, self._module, self._class, self.drop_collected, self._type_name = functions
-        """drop_collected() forgets the objects that Lua has collected."""
+        functions = self._lua.eval(b"loadstring")(code, b"=calling.lua")(
+            runtime.functions, self._drop, self._block, self._describe, trace
+        )
+        self._bind, self._module = functions[b"bind"], functions[b"module"]
+        self._class, self._fill = functions[b"class"], functions[b"fill"]
+        self._type_name = functions[b"type_name"]
+        self._drop_collected = functions[b"drop_collected"]
         self._collect = self._lua.eval(b"collectgarbage")
         self.task_ended = runtime.task_ended
         self.exits = ExitStack()
@@ -164,7 +165,7 @@ class Calling:
         if class_ in self._names:
             return
         self._names[class_] = name.encode()
-        self._add_methods(self._class(name.encode(), self._describe), class_)
+        self._add_methods(self._class(name.encode()), class_)
 
     def _add_methods(self, add: Any, class_: type) -> None:
         for name, signature in signatures_of(class_).items():
@@ -272,6 +273,10 @@ class Calling:
     def _describe(self, number: int) -> bytes:
         return str(self._objects[number]).encode(errors="surrogateescape")
 
+    def drop_collected(self) -> None:
+        """Forget the objects that Lua has collected."""
+        self._drop_collected()
+
     def collect_garbage(self) -> None:
         """Let Lua drop the objects that the script does not refer to any more."""
         self._collect()
@@ -282,9 +287,13 @@ class Calling:
         name: bytes = self._type_name(value)
         return name.decode()
 
-    def new_table(self) -> Any:
-        """Return a new table of Lua."""
-        return self._lua.table()
+    def new_table(self, elements: list[bytes]) -> Any:
+        """Return a new table of Lua with ELEMENTS."""
+        return self._lua.table_from(elements)
+
+    def filled(self, table: Any, items: Iterable[tuple[Any, Any]]) -> Any:
+        """Return TABLE, or a new one, with ITEMS set in it, whatever its metatable says."""
+        return self._fill(table, *itertools.chain.from_iterable(items))
 
 
 def _run_in_thread(operation: Coroutine[Any, Any, Any]) -> Any:

@@ -65,16 +65,19 @@ def _totals(pressures: Pressures) -> tuple[int | None, ...]:
 class CgroupBinding:
     """Makes Lua objects of releases."""
 
-    def __init__(self, load: Callable[[bytes, bytes], Any], root: bytes) -> None:
-        """LOAD compiles Lua code under a name; ROOT is the path of the cgroup root directory."""
+    def __init__(self, load: Callable[[bytes, bytes], Any], guarded: Any, root: bytes) -> None:
+        """LOAD compiles Lua code under a name; GUARDED wraps what Lua may call (script.lua).
+
+        ROOT is the path of the cgroup root directory.
+        """
         self._root = root
         self.directories: dict[bytes, int] = {}
         """The open directories of the releases that are about to be deleted, by id."""
         code = Path(__file__).with_name("cgroup.lua").read_bytes()
         self.new, self.close = load(code, b"=cgroup.lua")(
-            self._pressure,
-            self._xattr,
-            self._parent,
+            guarded(self._pressure),
+            guarded(self._xattr),
+            guarded(self._parent),
             len(usage.TIME_COUNTERS),
             len(_COUNTERS),
             *(name.encode() for name in _FIELDS),

@@ -149,18 +149,28 @@ class ControlClient:
         try:
             sent = self._socket.send_all(datagram)
         except Failure as failure:
-            if not _unreachable(failure):
-                raise
-            # The address that the socket has as its own may be that of an interface that is gone.
+            _raise_unless_unreachable(failure)
             return self._send_again(datagram)
-        return True if isinstance(sent, int) else _done(sent)
+        return True if isinstance(sent, int) else self._wait_for(sent, datagram)
+
+    async def _wait_for(self, sending: Awaitable[int], datagram: memoryview) -> bool:
+        try:
+            await sending
+        except Failure as failure:
+            _raise_unless_unreachable(failure)
+            await self._send_again(datagram)
+        return True
 
     async def _send_again(self, datagram: memoryview) -> bool:
+        """Send on a new socket: the old one's address may be that of an interface that is gone."""
         connected = self._sockets.connect_to(self._where, socket.SOCK_DGRAM, CONTROL_PORT)
-        self._socket.close()
+        replaced = self._socket
         self._socket = connected if isinstance(connected, Socket) else await connected
+        replaced.close()
         sent = self._socket.send_all(datagram)
-        return True if isinstance(sent, int) else await _done(sent)
+        if not isinstance(sent, int):
+            await sent
+        return True
 
     def dropped(self) -> None:
         """Close the socket: Lua has collected the client."""
@@ -171,14 +181,10 @@ def _shown(where: Address | bytes) -> str:
     return str(where) if isinstance(where, Address) else os.fsdecode(where)
 
 
-def _unreachable(failure: Failure) -> bool:
+def _raise_unless_unreachable(failure: Failure) -> None:
     cause = failure.__cause__
-    return isinstance(cause, OSError) and cause.errno == errno.ENETUNREACH
-
-
-async def _done(sent: Awaitable[int]) -> bool:
-    await sent
-    return True
+    if not isinstance(cause, OSError) or cause.errno != errno.ENETUNREACH:
+        raise failure
 
 
 class ControlClients:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from spawn_reaper.bindings.calling import Calling, Misuse, exposed
 from spawn_reaper.bindings.pg_text import NotAnArray, join_array, split_array, text_of
@@ -13,12 +13,17 @@ if TYPE_CHECKING:
     from spawn_reaper.bindings.database import Connection
 
 
+_CONNECTIONS_MAX: Final = 50  # a server allows 100 by default, and has other clients
+_CONNECTIONS_FEW: Final = 8  # that many are no reason to look for some that nobody uses any more
+
+
 class Pg:
     """The table "pg"."""
 
     def __init__(self, calling: Calling) -> None:
         self._calling = calling
         self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._collect_at = _CONNECTIONS_FEW
         calling.task_ended.append(self._task_ended)
         calling.exits.callback(self._close)
 
@@ -39,9 +44,21 @@ class Pg:
         from spawn_reaper.bindings import database  # psycopg is large, and few scripts need it
 
         database.install(self._calling)
+        self._make_room()
         connection = database.Connection(conninfo, schema, self._calling, self._is_owner)
         self._connections.add(connection)
         return connection
+
+    def _make_room(self) -> None:
+        """Close connections that the script has forgotten: to Lua they are small, to others not."""
+        if self._count() >= self._collect_at:
+            self._calling.collect_garbage()
+            self._collect_at = max(_CONNECTIONS_FEW, min(_CONNECTIONS_MAX, 2 * self._count()))
+        if (count := self._count()) >= _CONNECTIONS_MAX:
+            raise Misuse(f"the script has {count} connections, no more are allowed")
+
+    def _count(self) -> int:
+        return sum(not connection.unused for connection in self._connections)
 
     @exposed("table")
     def encode_array(self, table: Any) -> bytes:
@@ -62,13 +79,11 @@ class Pg:
     @exposed("string")
     def decode_array(self, text: bytes) -> Any:
         """Return the elements of a PostgreSQL array, as strings."""
-        table = self._calling.new_table()
         try:
-            for position, element in enumerate(split_array(text), 1):
-                table[position] = element
+            elements = list(split_array(text))
         except NotAnArray as error:
             raise Misuse(f"bad argument #2 to 'decode_array' (not an array: {error})") from None
-        return table
+        return self._calling.new_table(elements)
 
 
 def install(calling: Calling) -> None:

@@ -30,7 +30,6 @@ class Socket:
         self._socket = plain
         self._sockets = sockets
         self._turn = asyncio.Lock()  # so that what two handlers send does not get mixed
-        self._waiting = 0  # how many wait for their turn or have it
         self._closed = False
         self._torn = False  # the peer has got one half of something
 
@@ -44,46 +43,44 @@ class Socket:
 
     def send_all(self, data: memoryview) -> int | Awaitable[int]:
         """Send it at once if that can be done; if not, return what has to be waited for."""
-        sent = 0
-        if not self._waiting:
-            self._check()
-            try:
-                sent = self._socket.send(data, socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                raise Failure(_reason(error)) from error
-            if sent == len(data):
-                return sent
-            self._torn = sent > 0
-        self._waiting += 1
+        if self._closed:
+            raise Failure("socket is closed")
+        if self._turn.locked() or self._torn:
+            return self._send_rest(data, 0)
+        try:
+            sent = self._socket.send(data, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise Failure(_reason(error)) from error
+        if sent == len(data):
+            return sent
+        self._torn = sent > 0  # until the rest has been sent, before anything else
         return self._send_rest(data, sent)
 
     async def _send_rest(self, data: memoryview, sent: int) -> int:
         if self._turn.locked() and threading.current_thread() is not threading.main_thread():
-            self._waiting -= 1
             raise Failure("another handler is sending")
         try:
             async with asyncio.timeout(LIMIT), self._turn:
-                if not sent:
-                    self._check()
+                self._check(sent)
                 self._torn = self._socket.type == socket.SOCK_STREAM
                 await asyncio.get_running_loop().sock_sendall(self._socket, data[sent:])
                 self._torn = False
         except TimeoutError:
             raise Failure("timed out") from None
         except OSError as error:
-            raise Failure(_reason(error)) from None
+            raise Failure(_reason(error)) from error
         finally:
-            self._waiting -= 1
-            if self._closed and not self._waiting:
+            if self._closed and not self._turn.locked():
                 self._release()
         return len(data)
 
-    def _check(self) -> None:
+    def _check(self, sent: int) -> None:
+        """Refuse to send what would follow one half of something else."""
         if self._closed:
             raise Failure("socket is closed")
-        if self._torn:
+        if self._torn and not sent:
             raise Failure("socket is unusable: sending failed in the middle of a message")
 
     @exposed()
@@ -92,7 +89,7 @@ class Socket:
         if self._closed:
             return
         self._closed = True
-        if self._waiting:
+        if self._turn.locked():
             # Whoever is sending must let go of the descriptor first, and does when that fails.
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -142,13 +139,14 @@ class Sockets:
     @exposed("address|string table?", returns="socket")
     def connect(self, where: Address | bytes, options: Any = None) -> Any:
         """Connect a socket to an address."""
-        return self.connect_to(where, _type_in(options), None)
+        return self.connect_to(where, _type_in(self._calling, options), None)
 
     def connect_to(
         self, where: Address | bytes, kind: socket.SocketKind, default_port: int | None
     ) -> Socket | Awaitable[Socket]:
         """Connect at once if that needs no waiting; if not, return what has to be waited for."""
         found = addresses(where, default_port)
+        self._make_room()
         if isinstance(found, list) and kind == socket.SOCK_DGRAM:
             plain = self._new(found[0], kind)
             try:
@@ -160,43 +158,47 @@ class Sockets:
         return self._connect(found, kind)
 
     async def _connect(self, found: list[Address] | HostName, kind: socket.SocketKind) -> Socket:
+        try:
+            async with asyncio.timeout(LIMIT):
+                return await self._connect_first(found, kind)
+        except TimeoutError:
+            shown = found if isinstance(found, HostName) else found[0]
+            raise Failure(_cannot_connect(shown, "timed out")) from None
+
+    async def _connect_first(
+        self, found: list[Address] | HostName, kind: socket.SocketKind
+    ) -> Socket:
+        """Connect to the first address that accepts it."""
         if isinstance(found, HostName):
             found = await resolved(found)
         failure = Failure("no address")
         for address in found:
+            plain = self._new(address, kind)
             try:
-                return await self._connect_one(address, kind)
-            except Failure as error:
-                failure = error
-        raise failure
-
-    async def _connect_one(self, address: Address, kind: socket.SocketKind) -> Socket:
-        plain = self._new(address, kind)
-        try:
-            async with asyncio.timeout(LIMIT):
                 await _connect_waiting(plain, address)
-        except TimeoutError:
-            plain.close()
-            raise Failure(_cannot_connect(address, "timed out")) from None
-        except OSError as error:
-            plain.close()
-            raise Failure(_cannot_connect(address, _reason(error))) from None
-        except BaseException:
-            plain.close()
-            raise
-        return self._connected(plain)
+            except OSError as error:
+                plain.close()
+                failure = Failure(_cannot_connect(address, _reason(error)))
+            except BaseException:
+                plain.close()
+                raise
+            else:
+                return self._connected(plain)
+        raise failure
 
     def _connected(self, plain: socket.socket) -> Socket:
         connected = Socket(plain, self)
         self.open.add(connected)
         return connected
 
-    def _new(self, address: Address, kind: socket.SocketKind) -> socket.socket:
-        """Make a socket, of a descriptor that the daemon itself does not need."""
+    def _make_room(self) -> None:
+        """Leave the daemon the descriptors that it needs itself."""
         if len(self.open) >= self._allowed():
             self._calling.collect_garbage()
-            if len(self.open) >= self._allowed():
-                raise Failure(f"the script has {len(self.open)} open sockets, no more are allowed")
+        if len(self.open) >= self._allowed():
+            raise Failure(f"the script has {len(self.open)} open sockets, no more are allowed")
+
+    def _new(self, address: Address, kind: socket.SocketKind) -> socket.socket:
         try:
             plain = socket.socket(address.family, kind)
         except OSError as error:
@@ -219,22 +221,26 @@ async def _connect_waiting(plain: socket.socket, address: Address) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def _cannot_connect(address: Address, reason: str) -> str:
+def _cannot_connect(address: Address | HostName, reason: str) -> str:
     return f"cannot connect to {address}: {reason}"
 
 
-def _type_in(options: Any) -> socket.SocketKind:
+def _type_in(calling: Calling, options: Any) -> socket.SocketKind:
     """Return the socket type that a script's table asks for."""
     kind: Any = b"stream"
     for key, value in options.items() if options is not None else ():
         if key != b"type":
-            shown = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
-            raise Misuse(f"bad argument #3 to 'connect' (unknown option '{shown}')")
+            raise Misuse(f"bad argument #3 to 'connect' (unknown option: {_shown(calling, key)})")
         kind = value
-    if kind not in _TYPES:
-        shown = kind.decode(errors="replace") if isinstance(kind, bytes) else str(kind)
-        raise Misuse(f"bad argument #3 to 'connect' (unknown type '{shown}')")
+    if not isinstance(kind, bytes) or kind not in _TYPES:
+        raise Misuse(f"bad argument #3 to 'connect' (unknown type: {_shown(calling, kind)})")
     return _TYPES[kind]
+
+
+def _shown(calling: Calling, value: Any) -> str:
+    if isinstance(value, bytes):
+        return f"'{value.decode(errors='replace')}'"
+    return f"a {calling.type_name(value)}"
 
 
 def install(calling: Calling) -> Sockets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -391,3 +392,55 @@ def test_a_start_that_waits_for_a_database_is_bounded(host: Host, scope: Cgroup)
     reaper = host.start_reaper(scope, script=script, settings="[handlers]\ntime = 0.2\n")
     assert reaper.process.wait(DEADLINE) == 1
     assert reaper.errors()[-1].endswith("reaper.lua:2: ran longer than 0.2 s")
+
+
+def test_endless_recursion_through_functions_of_lua_does_not_crash_the_daemon(
+    host: Host, scope: Cgroup
+) -> None:
+    script = """
+    local function through_gsub() return (("x"):gsub(".", through_gsub)) end
+    local function through_coroutines() return coroutine.wrap(through_coroutines)() end
+    local function through_sort() table.sort({1, 2, 3}, through_sort) end
+    function cgroup_released(cgroup)
+      print(pcall(through_gsub))
+      print(pcall(through_coroutines))
+      print(pcall(through_sort))
+    end
+    """
+    output = printed_by(host, scope, script)
+    assert output == [
+        "false\tstack overflow",
+        "false\ttoo many coroutines resume each other",
+        "false\tstack overflow",
+    ]
+
+
+def test_work_that_is_mostly_ours_counts_for_the_cpu_limit(host: Host, scope: Cgroup) -> None:
+    script = """
+    function cgroup_released(cgroup)
+      local a = 0
+      while true do local x = cgroup.own a = a + 1 a = a + 1 a = a + 1 end
+    end
+    """
+    reaper = host.reaper(scope, script=script, settings="[handlers]\ncpu = 0.05\n")
+    names = [f"job-{number}" for number in range(10)]
+    run_jobs(scope, reaper, *names)
+    wait_for("all are ended", lambda: len(complaints(reaper)) == len(names))
+    reaper.stop()
+
+
+def test_releases_are_handled_after_others_that_wait_have_ended(host: Host, scope: Cgroup) -> None:
+    with busy_server() as (address, server):
+        script = f"""
+        function reload() assert(socket:connect("{address}")) end
+        function cgroup_released(cgroup) print(cgroup.path:match("[^/]+$")) end
+        """
+        reaper = host.reaper(scope, script=script, settings="[handlers]\nrunning = 1\n")
+        reaper.signal(signal.SIGHUP)
+        reaper.wait_notification("RELOADING=1")
+        run_jobs(scope, reaper, "job")
+        assert reaper.output() == []
+        server.accept()[0].close()
+        server.accept()[0].close()
+        wait_for("it is handled", partial(has_printed, reaper, 1))
+        reaper.stop()

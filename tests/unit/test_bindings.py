@@ -7,6 +7,7 @@ would be in a directory that does not exist.
 from __future__ import annotations
 
 import functools
+import gc
 import re
 import socket
 from collections.abc import Iterator
@@ -735,3 +736,21 @@ def test_what_is_collected_leaves_no_descriptor(maker: str) -> None:
             await stage.until("all are closed", lambda: leaked(before) == 0)
 
     run(test)
+
+
+def test_finalizers_of_the_script_cannot_crash_the_end() -> None:
+    async def test() -> None:
+        code = """
+        local proxy = newproxy(true)
+        getmetatable(proxy).__gc = function()
+          sodium.bin2hex("x")
+          tostring(control_resolve("/x"))
+        end
+        function cgroup_released() end
+        """
+        async with Stage(code) as stage:
+            stage.release("job")
+            await stage.end()
+
+    run(test)
+    gc.collect()  # closes the interpreter, which runs the finalizer
