@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from bench import alive, burst, idle, interrupts, release
+from bench import absent, alive, burst, idle, insert, interrupts, release
 from bench.figures import Figure, append, table
 from bench.plan import FULL, QUICK, Plan
 from bench.progress import progress
@@ -21,6 +21,8 @@ _BENCHMARKS: Final[dict[str, Callable[[Site, Plan], list[Figure]]]] = {
     burst.NAME: burst.measure,
     alive.NAME: alive.measure,
     idle.NAME: idle.measure,
+    insert.NAME: insert.measure,
+    absent.NAME: absent.measure,
 }
 _RESULTS: Final = BUILD / "bench.jsonl"
 
@@ -61,7 +63,7 @@ def _parse_arguments() -> argparse.Namespace:
         "--rounds",
         metavar="N",
         type=_positive,
-        help=f"how often to repeat release and idle (default: {FULL.rounds}, "
+        help=f"how often to repeat release, idle and insert (default: {FULL.rounds}, "
         f"with --quick {QUICK.rounds})",
     )
     parser.add_argument(

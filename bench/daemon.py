@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from bench import proc
+from bench.interrupts import held
 from bench.processes import Drain, end, start
 from bench.site import Site, population
 from bench.unusable import Unusable
@@ -24,6 +25,7 @@ OVERFLOW_LINE: Final = b"the inotify queue overflowed"
 TRACEBACK_LINE: Final = b"Traceback (most recent call last)"
 
 _PATIENCE: Final = 60.0  # seconds for whatever should take less than one
+_ENDURANCE: Final = 600.0  # seconds for many transactions, each of which waits for the disk
 _QUIET: Final = 0.2  # seconds without CPU time that show that nothing is left to be done
 _STUCK: Final = 75.0  # seconds without any progress; more than the minute that unclaimed ones have
 _GLANCE: Final = 0.01
@@ -93,6 +95,18 @@ def start_reaper(
     return Reaper(process, log, started)
 
 
+@contextmanager
+def paused(reaper: Reaper) -> Iterator[None]:
+    """Keep the reaper from running: what happens meanwhile, it finds all at once."""
+    with held():
+        reaper.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with held():
+            reaper.process.send_signal(signal.SIGCONT)
+
+
 def stop(reaper: Reaper) -> None:
     """End the reaper as a service manager does."""
     reaper.check()
@@ -106,7 +120,7 @@ def stop(reaper: Reaper) -> None:
 
 def wait_for_log_line(reaper: Reaper) -> float:
     """Wait until the log says that it watches its scope; return the seconds from its start."""
-    _wait_until(reaper, "ready", lambda: READY_LINE in reaper.log.first_seen)
+    wait_until(reaper, "ready", lambda: READY_LINE in reaper.log.first_seen)
     return reaper.log.first_seen[READY_LINE] - reaper.started
 
 
@@ -135,11 +149,11 @@ class NotifySocket:
         raise Unusable("the reaper never sent READY=1")
 
 
-def settle(reaper: Reaper) -> proc.Cpu:
+def settle(reaper: Reaper, patience: float = _PATIENCE) -> proc.Cpu:
     """Wait until the reaper has nothing to do any more; return the CPU time it has used."""
     before = proc.cpu(reaper.pid)
     quiet_since = time.monotonic()
-    end_time = quiet_since + _PATIENCE
+    end_time = quiet_since + patience
     while time.monotonic() < end_time:
         time.sleep(_GLANCE)
         reaper.check()
@@ -148,7 +162,7 @@ def settle(reaper: Reaper) -> proc.Cpu:
             before, quiet_since = now, time.monotonic()
         elif time.monotonic() - quiet_since >= _QUIET:
             return now
-    raise Unusable(f"the reaper did not come to rest within {_PATIENCE:g} s")
+    raise Unusable(f"the reaper did not come to rest within {patience:g} s")
 
 
 def wait_until_gone(
@@ -173,13 +187,30 @@ def wait_until_gone(
     return left, changed
 
 
+def wait_for_progress(reaper: Reaper, measure: Callable[[], int], goal: int) -> None:
+    """Wait until the reaper is at rest and MEASURE gives GOAL, or as long as there is progress.
+
+    MEASURE is asked only when the reaper is at rest: it may cost time.
+    """
+    last = -1
+    changed = time.monotonic()
+    while time.monotonic() - changed < _STUCK:
+        settle(reaper, _ENDURANCE)
+        now = measure()
+        if now >= goal:
+            return
+        if now != last:
+            last, changed = now, time.monotonic()
+
+
 def flush_records(reaper: Reaper, records: Path) -> None:
-    """Let record.lua complete its file."""
+    """Let record.lua or insert.lua complete its file."""
     reaper.process.send_signal(signal.SIGHUP)
-    _wait_until(reaper, "done with its records", lambda: records.read_bytes().endswith(b"end\n"))
+    wait_until(reaper, "done with its records", lambda: records.read_bytes().endswith(b"end\n"))
 
 
-def _wait_until(reaper: Reaper, what: str, condition: Callable[[], bool]) -> None:
+def wait_until(reaper: Reaper, what: str, condition: Callable[[], bool]) -> None:
+    """Wait for what takes only a moment; WHAT completes "the reaper was not"."""
     end_time = time.monotonic() + _PATIENCE
     while not condition():
         reaper.check()

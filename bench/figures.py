@@ -20,7 +20,8 @@ _TEXT_COLUMNS: Final = frozenset({0, 1, 5, 7})
 class Figure:
     """One measured quantity with a sample for each round.
 
-    ``target`` is the highest value that is good enough, None if there is nothing to be met.
+    ``target`` is the highest value that is good enough, or with ``at_least`` the lowest; None if
+    there is nothing to be met.
     """
 
     benchmark: str
@@ -28,6 +29,7 @@ class Figure:
     unit: str
     samples: tuple[float, ...]
     target: float | None = None
+    at_least: bool = False
 
     @property
     def value(self) -> float:
@@ -37,7 +39,9 @@ class Figure:
     @property
     def met(self) -> bool | None:
         """Whether the target is met; None without a target."""
-        return None if self.target is None else self.value <= self.target
+        if self.target is None:
+            return None
+        return self.value >= self.target if self.at_least else self.value <= self.target
 
 
 def table(figures: Iterable[Figure]) -> str:
@@ -57,9 +61,15 @@ def _row(figure: Figure) -> tuple[str, ...]:
         _number(min(samples)) if several else "",
         _number(max(samples)) if several else "",
         figure.unit,
-        "" if figure.target is None else _number(figure.target),
+        _target(figure),
         {None: "", True: "met", False: "NOT MET"}[figure.met],
     )
+
+
+def _target(figure: Figure) -> str:
+    if figure.target is None:
+        return ""
+    return f"{'>=' if figure.at_least else '<='} {_number(figure.target)}"
 
 
 def _line(row: tuple[str, ...], widths: list[int]) -> str:
@@ -91,6 +101,7 @@ def _object(figure: Figure) -> dict[str, object]:
         "value": figure.value,
         "unit": figure.unit,
         "target": figure.target,
+        "at_least": figure.at_least,
         "met": figure.met,
         "samples": list(figure.samples),
     }

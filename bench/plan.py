@@ -17,11 +17,29 @@ class Plan:
     burst: int
     alive: int
     idle: float
+    inserted: int  # cgroups in a round
+    waiting: int  # handlers
 
 
 FULL: Final = Plan(
-    "full", rounds=5, released=20_000, paced=6_000, burst=100_000, alive=50_000, idle=10
+    "full",
+    rounds=5,
+    released=20_000,
+    paced=6_000,
+    burst=100_000,
+    alive=50_000,
+    idle=10,
+    inserted=5_000,
+    waiting=10_000,
 )
 QUICK: Final = Plan(
-    "quick", rounds=2, released=4_000, paced=1_000, burst=10_000, alive=10_000, idle=2
+    "quick",
+    rounds=2,
+    released=4_000,
+    paced=1_000,
+    burst=10_000,
+    alive=10_000,
+    idle=2,
+    inserted=2_000,
+    waiting=2_000,
 )

@@ -72,6 +72,12 @@ def memory(pid: int) -> Memory:
     return Memory(size("Rss:"), size("Pss:"))
 
 
+def peak_memory(pid: int) -> int:
+    """Return the most resident memory in bytes that a process ever had."""
+    fields = _read(pid, "status").split()
+    return int(fields[fields.index("VmHWM:") + 1]) * 1024
+
+
 def descriptors(pid: int) -> int:
     """Return how many descriptors a process has open."""
     return len(os.listdir(f"/proc/{pid}/fd"))

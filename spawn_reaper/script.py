@@ -76,6 +76,7 @@ class Script:
         self._load_error: str | None = None
         self._queue: deque[Release] = deque()
         self._full = False
+        self._one_ended: asyncio.Future[None] | None = None
         self._turn: asyncio.Handle | None = None
         self._turn_end = 0.0  # monotonic time until which handlers may begin in this turn
         self._reloading = False
@@ -141,9 +142,9 @@ class Script:
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         while (self._tasks or self._queue) and loop.time() < end:
-            if waiting := self._tasks.operations():
-                timeout = max(0.0, end - loop.time())
-                await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if self._tasks:
+                self._one_ended = loop.create_future()
+                await asyncio.wait([self._one_ended], timeout=max(0.0, end - loop.time()))
             await asyncio.sleep(0)  # let what follows from that happen
         left = self._tasks.handler_count() + len(self._queue)
         self._queue.clear()
@@ -217,6 +218,8 @@ class Script:
         self._tasks.after(self._starter(function)(path), ended)
 
     def _task_ended(self, _: int) -> None:
+        if self._one_ended is not None and not self._one_ended.done():
+            self._one_ended.set_result(None)
         self._take_turn_soon()
 
     def _suspended(self, number: int, path: bytes | None, operation: int) -> None:

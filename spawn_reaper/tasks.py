@@ -102,10 +102,6 @@ class Tasks:
         """Return how many are about a release."""
         return sum(bool(task.path) for task in self._tasks.values())
 
-    def operations(self) -> list[asyncio.Future[Any]]:
-        """Return what is waited for."""
-        return [task.operation for task in self._tasks.values() if task.operation]
-
     def expire_all(self, reason: str) -> None:
         """End all tasks."""
         for task in list(self._tasks.values()):

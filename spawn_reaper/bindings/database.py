@@ -24,7 +24,7 @@ from psycopg import conninfo as conninfos
 from psycopg.pq.abc import PGresult
 
 from spawn_reaper.bindings.calling import LIMIT, Calling, Failure, Misuse, Queued, exposed
-from spawn_reaper.bindings.link import Link, connect, message_of
+from spawn_reaper.bindings.link import Cancelled, Link, connect, message_of
 from spawn_reaper.bindings.pg_text import text_of
 from spawn_reaper.bindings.result import Result
 
@@ -101,7 +101,7 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Query] = deque()
         self._link: Link | None = None
-        self._current: _Query | None = None  # what the server works on
+        self._sent: deque[_Query] = deque()  # what the server works on
         self._connecting: asyncio.Task[None] | None = None
         self._connected = 0.0  # when there was a link last, by the loop's clock; 0 is never
         self._delay = 0.0  # before the next attempt
@@ -160,7 +160,7 @@ class Connection:
         """Give up the link and everything that was to be done."""
         self.unused = True
         self._queue.clear()
-        self._current = None
+        self._sent.clear()
         if self._connecting is not None:
             self._connecting.cancel()
         if self._link is not None:
@@ -224,8 +224,8 @@ class Connection:
                 query.add_done_callback(listener.notify_after)
         self._advance()
 
-    def lost(self, reason: str, *, busy: bool) -> None:
-        """Get another link."""
+    def lost(self, reason: str) -> None:
+        """Get another link; what was under way has failed."""
         _log.error("%s: %s", self._name, reason)
         self._link = None
         if self._loop.time() - self._connected > _LASTING:
@@ -234,70 +234,75 @@ class Connection:
             self._bereft.add(self.owner)
             self.owner = None
         self._connect()
-        if busy:
-            self._hand_over(Failure(reason))
+        failed, self._sent = self._sent, deque()
+        for query in failed:
+            self._settle(query, Failure(reason))
 
     # Queries
 
     def _advance(self) -> None:
-        """Send what is next, unless something is under way."""
-        if self._link is None or self._current is not None:
-            return
-        if self._queue and not self._link.is_alive():
-            return
-        query = self._next()
-        if query is not None:
-            self._current = query
+        """Send what may be sent now."""
+        while self._link is not None:
+            query = self._next()
+            if query is None or not self._link.may_send(query.parameters):
+                break
+            self._queue.remove(query)
+            self._sent.append(query)
             query.begin()
             query.add_done_callback(self._settled)
             self._link.send(query.sql, query.parameters)
-        elif self.unused and not self._queue:
+        if self._link is not None and self.unused and not self._queue and not self._sent:
             self._link.close()
             self._link = None
 
     def _next(self) -> _Query | None:
-        """Take the next query; within a transaction, of those who belong to it."""
-        while self._queue:
-            if self.owner is None:
-                query = self._queue.popleft()
-            else:
-                found = next((query for query in self._queue if query.task == self.owner), None)
-                if found is None:
-                    return None
-                self._queue.remove(found)
-                query = found
-            if not query.done():
-                return query
-        return None
+        """Return what is to be sent next; within a transaction, of those who belong to it."""
+        while self._queue and self._queue[0].done():
+            self._queue.popleft()
+        if self.owner is None:
+            return self._queue[0] if self._queue else None
+        mine = (query for query in self._queue if query.task == self.owner and not query.done())
+        return next(mine, None)
 
     def _settled(self, query: asyncio.Future[Any]) -> None:
         """End at the server what nobody waits for any more."""
-        if query.cancelled() and query is self._current and self._link is not None:
+        if query.cancelled() and self._link is not None and self._sent and query is self._sent[0]:
             self._link.cancel()
 
     def performed(self, outcome: PGresult | Failure) -> None:
-        """Take the outcome of the current query."""
+        """Take the outcome of the query that was sent first."""
+        query = self._sent.popleft()
+        self._note_transaction(query)
+        hit = isinstance(outcome, Cancelled) and not query.cancelled()
+        if hit:
+            self._queue.appendleft(query)  # another one was meant, and this one had no effect
+        self._advance()  # before anybody else does anything: the server shall not wait
+        if self._sent:
+            self._settled(self._sent[0])
+        if not hit:
+            self._settle(query, outcome)
+
+    def _note_transaction(self, query: _Query) -> None:
+        """Remember whose transaction has begun or ended with QUERY."""
         assert self._link is not None
-        assert self._current is not None
-        query = self._current
         if not self._link.in_transaction:
             self.owner = None
         elif self.owner is None:
             self.owner = query.task
             if query.cancelled():  # its task has ended meanwhile
                 self.task_ended(query.task)
-        self._hand_over(outcome)
 
-    def _hand_over(self, outcome: PGresult | Failure) -> None:
-        """Give whoever waits for the current query its outcome, after the next one was sent."""
-        query, self._current = self._current, None
-        self._advance()
-        if query is None or query.done():
+    def _settle(self, query: _Query, outcome: PGresult | Failure) -> None:
+        if query.done():
             return
         if isinstance(outcome, Failure):
             query.set_exception(outcome)
         else:
             query.set_result(Result(outcome, self._calling))
+
+    def may_send_again(self) -> None:
+        """Send what had to wait."""
+        self._advance()
 
     def notified(self, name: bytes) -> None:
         """Run the function that listens to NAME."""

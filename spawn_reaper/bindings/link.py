@@ -1,7 +1,10 @@
-"""One link to a PostgreSQL server, driven by the event loop: one query at a time, notifications.
+"""One link to a PostgreSQL server, driven by the event loop: queries and notifications.
 
 psycopg makes the link; from then on libpq's functions for asynchronous use are called directly (the
 chapter of that name in PostgreSQL's manual), which takes half the CPU time of psycopg's cursors.
+
+Queries with parameters are sent in libpq's pipeline mode, each with a synchronisation point of its
+own, so that each is a transaction of its own; then the server need not wait for us between them.
 """
 
 from __future__ import annotations
@@ -19,21 +22,30 @@ from spawn_reaper.bindings.calling import LIMIT, Failure
 from spawn_reaper.report import one_line
 
 _CANCEL_LIMIT: Final = 5.0  # seconds for the server to end a query that was cancelled
+_DEPTH: Final = 4  # queries under way: each that is when a link breaks has failed
+_QUERY_CANCELED: Final = b"57014"  # PostgreSQL manual, appendix A
 _COPY: Final = (ExecStatus.COPY_IN, ExecStatus.COPY_OUT, ExecStatus.COPY_BOTH)
 _IN_TRANSACTION: Final = (TransactionStatus.INTRANS, TransactionStatus.INERROR)
+
+
+class Cancelled(Failure):
+    """The server has cancelled a query; perhaps not the one that was meant. It had no effect."""
 
 
 class Owner(Protocol):
     """Who is told what happens on a link."""
 
     def performed(self, outcome: PGresult | Failure) -> None:
-        """Take what came of the query; the next one may be sent."""
+        """Take what came of the query that was sent first of those under way."""
+
+    def may_send_again(self) -> None:
+        """Take note that a request to cancel is through."""
 
     def notified(self, name: bytes) -> None:
         """Take note of a NOTIFY."""
 
-    def lost(self, reason: str, *, busy: bool) -> None:
-        """Take note that the link is closed; if it was BUSY, its query has failed."""
+    def lost(self, reason: str) -> None:
+        """Take note that the link is closed; all queries that were under way have failed."""
 
 
 async def connect(parameters: dict[str, Any], schema: bytes | None) -> psycopg.AsyncConnection[Any]:
@@ -77,11 +89,12 @@ class Link:
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         self._fd = connection.fileno()
-        self._busy = False
-        self._outcome: PGresult | None = None  # the last result of the query, or its first error
-        self._over = False  # the server has ended the query
+        self._under_way = 0  # queries
+        self._pipeline = False
+        self._outcome: PGresult | None = None  # the first query's last result, or its first error
         self._cancel: asyncio.Task[None] | None = None
         self._cancel_limit: asyncio.TimerHandle | None = None
+        self._suspects = 0  # queries that the request to cancel the first may have hit
         self._loop.add_reader(self._fd, self._readable)
 
     # For the owner
@@ -91,7 +104,7 @@ class Link:
         """Whether a transaction was begun and has not ended."""
         return self._pgconn.transaction_status in _IN_TRANSACTION
 
-    def is_alive(self) -> bool:
+    def _is_alive(self) -> bool:
         """Find out whether the link is still there, before a query is risked on it."""
         # Before the end there may be a message, and what follows that is seen by the second look.
         self._readable()
@@ -99,30 +112,48 @@ class Link:
             self._readable()
         return self._fd >= 0
 
+    def may_send(self, parameters: Sequence[bytes | None]) -> bool:
+        """Whether a query may be sent; its owner is told when that may have changed."""
+        if self._cancel is not None:
+            return False  # it would be hit if the one that is meant ends by itself
+        if self._under_way:
+            return self._pipeline and bool(parameters) and self._under_way < _DEPTH
+        return self._is_alive()
+
     def send(self, sql: bytes, parameters: Sequence[bytes | None]) -> None:
-        """Send a query; without parameters, SQL may be several."""
-        self._busy, self._over, self._outcome = True, False, None
+        """Send a query; without parameters, SQL may be several, and no other be under way."""
+        self._under_way += 1
         try:
+            self._set_pipeline(on=bool(parameters))
             if parameters:
                 self._pgconn.send_query_params(sql, parameters)
+                self._pgconn.pipeline_sync()
             else:
                 self._pgconn.send_query(sql)
             self._flush()
         except psycopg.Error as error:
             self._lose(message_of(error))
 
+    def _set_pipeline(self, *, on: bool) -> None:
+        if on != self._pipeline:
+            self._pipeline = on
+            if on:
+                self._pgconn.enter_pipeline_mode()
+            else:
+                self._pgconn.exit_pipeline_mode()
+
     def cancel(self) -> None:
-        """Let the server end the query; without an answer to that, the link is lost."""
-        if self._busy and self._cancel is None:
+        """Let the server end the first query; without an answer to that, the link is lost.
+
+        If that query ends by itself meanwhile, it may be one of the next that the server cancels.
+        """
+        if self._under_way and self._cancel is None:
+            self._suspects = self._under_way
             self._cancel = self._loop.create_task(self._request_cancel())
             self._cancel.add_done_callback(self._cancel_requested)
             self._cancel_limit = self._loop.call_later(
                 _CANCEL_LIMIT, self._lose, "the server does not end a query"
             )
-
-    def quote_name(self, name: bytes) -> bytes:
-        """Return NAME as an identifier in SQL."""
-        return bytes(Escaping(self._pgconn).escape_identifier(name))
 
     def close(self) -> None:
         """Close the link and tell nobody."""
@@ -157,23 +188,24 @@ class Link:
             self._pgconn.consume_input()
             while (notification := self._pgconn.notifies()) is not None:
                 self._owner.notified(notification.relname)
-            if self._busy and not self._over:
-                self._take_results()
+            self._take_results()
         except psycopg.Error as error:
             self._lose(message_of(error))
 
     def _take_results(self) -> None:
-        """Take what there is of the query's results."""
-        while not self._pgconn.is_busy():
+        """Take what there is of the queries' results."""
+        while self._under_way and self._fd >= 0 and not self._pgconn.is_busy():
             result = self._pgconn.get_result()
-            if result is None:
-                self._over = True
+            if result is None:  # in a pipeline, what ends a query follows
+                if not self._pipeline:
+                    self._end_query()
+                elif self._outcome is None:
+                    return
+            elif result.status == ExecStatus.PIPELINE_SYNC:
                 self._end_query()
-                return
-            if result.status in _COPY:
+            elif result.status in _COPY:
                 self._lose("COPY cannot be used by scripts")
-                return
-            if self._outcome is None or self._outcome.status != ExecStatus.FATAL_ERROR:
+            elif self._outcome is None or self._outcome.status != ExecStatus.FATAL_ERROR:
                 self._outcome = result
 
     async def _request_cancel(self) -> None:
@@ -184,29 +216,29 @@ class Link:
             return
         task.exception()  # it has failed: the limit will show whether that matters
         self._cancel = None
-        if self._over:
-            self._end_query()
+        self._owner.may_send_again()
 
     def _end_query(self) -> None:
-        """Hand over what came of the query, unless a request to cancel might hit the next one."""
-        if self._cancel is not None:
+        """Hand over what came of the first query."""
+        outcome, self._outcome = self._outcome, None
+        if self._pgconn.status != ConnStatus.OK or outcome is None:
+            self._lose(_text_of(outcome) if outcome else "the server has left")
             return
         if self._cancel_limit is not None:
             self._cancel_limit.cancel()
             self._cancel_limit = None
-        if self._pgconn.status != ConnStatus.OK or self._outcome is None:
-            self._lose(_text_of(self._outcome) if self._outcome else "the server has left")
-            return
-        outcome, self._outcome, self._busy = self._outcome, None, False
-        if outcome.status in (ExecStatus.FATAL_ERROR, ExecStatus.BAD_RESPONSE):
-            self._owner.performed(Failure(_text_of(outcome)))
-        else:
+        self._under_way -= 1
+        suspect, self._suspects = self._suspects > 0, max(0, self._suspects - 1)
+        if outcome.status not in (ExecStatus.FATAL_ERROR, ExecStatus.BAD_RESPONSE):
             self._owner.performed(outcome)
+        elif suspect and outcome.error_field(DiagnosticField.SQLSTATE) == _QUERY_CANCELED:
+            self._owner.performed(Cancelled(_text_of(outcome)))
+        else:
+            self._owner.performed(Failure(_text_of(outcome)))
 
     def _lose(self, reason: str) -> None:
-        busy = self._busy
         self.close()
-        self._owner.lost(reason, busy=busy)
+        self._owner.lost(reason)
 
 
 def message_of(error: BaseException) -> str:

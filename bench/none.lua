@@ -1,0 +1,1 @@
+-- A script that wants to know nothing about releases.
