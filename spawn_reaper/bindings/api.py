@@ -7,6 +7,7 @@ from spawn_reaper.bindings.calling import signatures_of
 from spawn_reaper.bindings.database import Connection
 from spawn_reaper.bindings.result import Result
 from spawn_reaper.lint import Api
+from spawn_reaper.usage import Counters
 
 
 def api() -> Api:
@@ -33,6 +34,7 @@ def api() -> Api:
             "cgroup": {},
         },
         fields={
-            "cgroup": dict.fromkeys(cgroup.FIELDS) | {"parent": "cgroup", "xattr": "xattr"},
+            "cgroup": dict.fromkeys(cgroup.FIELDS) | {"parent": "cgroup", "own": "own"},
+            "own": dict.fromkeys(Counters.__struct_fields__),
         },
     )
