@@ -85,6 +85,7 @@ def test_every_setting_can_be_set(load: Load) -> None:
 
         [handlers]
         running = 8
+        queue = 500
         time = 2.5
         cpu = 1
         memory = 64
@@ -96,7 +97,7 @@ def test_every_setting_can_be_set(load: Load) -> None:
         log=False,
         pressure=True,
         stop=5.5,
-        handlers=Handlers(running=8, time=2.5, cpu=1.0, memory=64.0),
+        handlers=Handlers(running=8, queue=500, time=2.5, cpu=1.0, memory=64.0),
     )
 
 
@@ -110,7 +111,7 @@ def test_every_setting_is_covered_above() -> None:
         "stop",
         "handlers",
     )
-    assert Handlers.__struct_fields__ == ("running", "time", "cpu", "memory")
+    assert Handlers.__struct_fields__ == ("running", "queue", "time", "cpu", "memory")
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,7 @@ def test_a_nested_setting_can_be_written_in_every_way_of_toml(load: Load, text: 
         "handlers.running = 1_000_000",
         "handlers.time = 0.001",
         "handlers.memory = 1",
+        "handlers.queue = 1",
     ],
 )
 def test_the_limits_of_a_range_belong_to_it(load: Load, text: str) -> None:
@@ -165,6 +167,7 @@ def test_the_limits_of_a_range_belong_to_it(load: Load, text: str) -> None:
         ("handlers.running = 0", "handlers.running", ">= 1"),
         ("handlers.running = 1_000_001", "handlers.running", "<= 1000000"),
         (f"handlers.running = {'9' * 30}", "handlers.running", "<= 1000000"),
+        ("handlers.queue = 0", "handlers.queue", ">= 1"),
         ("handlers.time = 0.0", "handlers.time", "> 0"),
         ("handlers.cpu = nan", "handlers.cpu", "> 0"),
         ("handlers.memory = 0.9", "handlers.memory", ">= 1"),
