@@ -39,6 +39,7 @@ _POLL: Final = 2.0  # seconds between looks at what cannot be watched
 _CHUNK: Final = 64  # cgroups whose descriptors are open at the same time
 _FLUSH: Final = 8  # cgroups in a batch for which flushing the scope's statistics is worth it
 _BATCH: Final = 256  # cgroups after which events are read again
+_SMALL_BATCH: Final = 64  # the same while the hooks have work that must go on meanwhile
 _SCAN: Final = 3.0  # seconds from one scan of everything to the next
 _FULL: Final = 32768  # bytes of events that say that there are more
 _HOLD: Final = 0.1  # seconds until the hooks are asked again whether they have room
@@ -49,6 +50,9 @@ _EMPTY: Final = b"populated 0\nfrozen 0\n"
 
 class Hooks(Protocol):
     """What is told of each release."""
+
+    def busy(self) -> bool:
+        """Whether there is work that began with earlier releases."""
 
     def full(self) -> bool:
         """Whether to keep further releases back, by letting cgroups be."""
@@ -287,7 +291,8 @@ class Reaper:
             self._settle_batch(self._in_danger())
             return
         try:
-            self._settle_batch(self._schedule.take_due(self._now, _BATCH))
+            size = _SMALL_BATCH if self._hooks is not None and self._hooks.busy() else _BATCH
+            self._settle_batch(self._schedule.take_due(self._now, size))
         finally:
             self._arm()
 

@@ -160,6 +160,10 @@ class Script:
 
     # Handlers
 
+    def busy(self) -> bool:
+        """Whether functions of the script wait, or wait to be called."""
+        return bool(self._tasks or self._queue)
+
     def full(self) -> bool:
         """Whether as many releases wait for their handler as may."""
         room_again = self._limits.queue * 9 // 10  # or it would be full again at once

@@ -22,7 +22,7 @@ from spawn_reaper.bindings.calling import LIMIT, Failure
 from spawn_reaper.report import one_line
 
 _CANCEL_LIMIT: Final = 5.0  # seconds for the server to end a query that was cancelled
-_DEPTH: Final = 4  # queries under way: each that is when a link breaks has failed
+_DEPTH: Final = 8  # queries under way: each that is when a link breaks has failed
 _QUERY_CANCELED: Final = b"57014"  # PostgreSQL manual, appendix A
 _COPY: Final = (ExecStatus.COPY_IN, ExecStatus.COPY_OUT, ExecStatus.COPY_BOTH)
 _IN_TRANSACTION: Final = (TransactionStatus.INTRANS, TransactionStatus.INERROR)
