@@ -1,10 +1,9 @@
 -- Finds names in a script that do not exist, without running it.
 --
 -- Does not load without luacheck. Returns a function of CODE and API, which returns a list of findings
--- (line, kind, owner, name, and a table whose keys are the names that exist there), or nil and why not.
--- luacheck finds unknown globals; methods and fields of our objects are found here, over its syntax
--- tree. What is not certain is not reported: an expression has a type only if all that is ever assigned
--- has it, and a module that is used as a value may be changed by anyone.
+-- (line, kind, owner, name, and a table whose keys are the names there), or nil and why not. luacheck
+-- finds unknown globals; methods and fields of our objects are found here, over its syntax tree. Only
+-- what is certain is reported: everything that is ever assigned to a variable must be of one type.
 
 -- Nothing may come from the current directory.
 package.path = (";" .. package.path):gsub(";[^/;][^;]*", "")
@@ -30,9 +29,10 @@ Script.__index = Script
 
 -- Variables: which one each name means, and the expressions that are assigned to it.
 
-local function declare(scope, id, value)
-  id.variable = { values = { value } }
-  scope.names[id[1]] = id.variable
+function Script:declare(names, name, value)
+  names[name] = { values = { value }, type = NOTHING }
+  insert(self.variables, names[name])
+  return names[name]
 end
 
 function Script:lookup(scope, name)
@@ -42,9 +42,9 @@ function Script:lookup(scope, name)
     end
     scope = scope.outer
   end
-  local values = { self.api.modules[name] } -- a type is an expression, too
-  self.globals[name] = self.globals[name] or { global = name, values = values }
-  return self.globals[name]
+  local variable = self.globals[name] or self:declare(self.globals, name, self.api.modules[name])
+  variable.global = name
+  return variable
 end
 
 local function key_of(node)
@@ -62,6 +62,15 @@ local function asks(node, i)
   return ASKING[operator] or (operator == "eq" or operator == "ne") and CONSTANT[node[3].tag]
 end
 
+-- Notes that what NODE names need not exist.
+function Script:ask(node)
+  if node.tag == "Index" then
+    self.asked[key_of(node) or ""] = true
+  elseif node.variable and not node.variable.asked then
+    node.variable.asked, self.changed = true, true
+  end
+end
+
 local visit = {} -- by tag
 
 function Script:visit(node, scope)
@@ -75,7 +84,7 @@ function Script:visit(node, scope)
       child.condition = child.tag == "Op" and (node.condition or ASKING[node.tag])
       self:visit(child, scope)
       if asks(node, i) then
-        insert(self.questions, child) -- until all assignments are known
+        self:ask(child)
       end
       if node.tag == "Call" and child[1] == "require" then -- or pcall(require, NAME)
         self:note_module(node, node[i + 1])
@@ -124,7 +133,7 @@ function visit:Function(node, scope)
   local inner = { outer = scope, names = {} }
   for _, id in ipairs(node[1].tag and { node[1] } or node[1]) do
     if id.tag == "Id" then
-      declare(inner, id, UNKNOWN)
+      id.variable = self:declare(inner.names, id[1], UNKNOWN)
     end
   end
   for i = 2, #node do
@@ -139,7 +148,7 @@ function visit:Local(node, scope)
     (value.tag == "Id" and visit.Id or self.visit)(self, value, scope, true)
   end
   for i, id in ipairs(node[1]) do
-    declare(scope, id, values[i] or values[1] and UNKNOWN)
+    self:declare(scope.names, id[1], values[i] or values[1] and UNKNOWN)
     local source = values[i] and values[i].variable
     if source and source.global then
       scope.names[id[1]] = source -- whatever happens to one may happen to the other
@@ -166,48 +175,17 @@ function visit:Set(node, scope)
   end
 end
 
--- Notes that whatever NODE may come from need not exist.
-function Script:ask(node)
-  if node.tag == "Index" then
-    self.asked[key_of(node) or ""] = true
-  elseif node.variable and not node.variable.asked then
-    node.variable.asked = true
-    for _, value in ipairs(node.variable.values) do
-      self:ask(value)
-    end
-  end
-end
-
 -- Types: those of the API, NOTHING, or nil if unknown.
 
 local function join(one, other)
   return one == NOTHING and other or (other == one or other == NOTHING) and one or nil
 end
 
-function Script:type_of_variable(variable)
-  local found = NOTHING
-  if variable.assumed then
-    variable.circular = true
-    return variable.assumed
-  elseif self.dynamic and variable.global or variable.escapes and self.api.modules[variable.global] then
-    return nil
-  end
-  repeat -- until what was assumed proves true
-    variable.assumed, variable.circular = found, false
-    found = NOTHING
-    for _, value in ipairs(variable.values) do
-      found = join(found, self:type_of(value))
-    end
-  until not found or not variable.circular or found == variable.assumed
-  variable.assumed = nil
-  return found
-end
-
 function Script:type_of(node)
   local callee = node.tag == "Call" and node[1].variable
   local name = callee and not callee.values[1] and not self.dynamic and callee.global
   if node.variable then
-    return self:type_of_variable(node.variable)
+    return node.variable.type
   elseif CONSTANT[node.tag] or name == "error" then
     return NOTHING
   elseif name == "assert" and node[2] then
@@ -222,7 +200,31 @@ function Script:type_of(node)
   elseif node[1] == "or" then
     return join(self:type_of(node[2]), self:type_of(node[3]))
   end
-  return node.members and node or nil
+  return node.members and node or nil -- a type is an expression, too
+end
+
+-- Follows values through variables: each type rises from NOTHING until it covers all values.
+function Script:follow()
+  -- Whoever gets a module or a table of counters as a value may add to it.
+  for name, variable in pairs(self.globals) do
+    if self.dynamic or variable.escapes and self.api.modules[name] then
+      variable.type = nil
+    end
+  end
+  repeat
+    self.changed = false
+    for _, variable in ipairs(self.variables) do
+      for _, value in ipairs(variable.values) do
+        local found = join(variable.type, self:type_of(value))
+        found = (found ~= self.api.classes.own or not variable.escapes) and found or nil
+        self.changed = self.changed or found ~= variable.type
+        variable.type = found
+        if variable.asked then
+          self:ask(value)
+        end
+      end
+    end
+  until not self.changed
 end
 
 function Script:look(node)
@@ -272,13 +274,11 @@ function Script:find_globals(script)
 end
 
 local function analyse(code, api)
-  local script = { api = api, globals = {}, own_fields = {}, questions = {}, asked = {}, findings = {} }
+  local script = { api = api, variables = {}, globals = {}, own_fields = {}, asked = {}, findings = {} }
   local ast = parser.parse(decoder.decode(code))
   setmetatable(script, Script):visit(ast)
-  for _, node in ipairs(script.questions) do
-    script:ask(node)
-  end
   script:note_handler()
+  script:follow()
   if not script.dynamic then
     script:find_globals(code)
   end

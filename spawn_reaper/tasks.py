@@ -88,6 +88,7 @@ class Tasks:
         elif isinstance(operation, Queued) and operation.waiting:
             self._stop_clock(task)
             operation.begun = partial(self._start_clock, task)
+            operation.put_back = partial(self._stop_clock, task)
         elif task.timer is None:
             self._start_clock(task)
 

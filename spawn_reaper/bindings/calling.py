@@ -51,22 +51,31 @@ class Misuse(Exception):
 
 
 class Queued(asyncio.Future[Any]):
-    """An operation that first waits in a queue, which does not count as the caller's time."""
+    """An operation that waits in a queue, which does not count as the caller's time."""
 
-    __slots__ = ("begun", "waiting")
+    __slots__ = ("begun", "put_back", "waiting")
 
     def __init__(self) -> None:
         super().__init__()
         self.waiting = True
-        """Whether it is still in the queue."""
+        """Whether it is in the queue."""
         self.begun: Callable[[], None] | None = None
         """To be called when the operation leaves the queue."""
+        self.put_back: Callable[[], None] | None = None
+        """To be called when the operation is in the queue again."""
 
     def begin(self) -> None:
-        """Leave the queue."""
-        self.waiting = False
-        if self.begun is not None:
-            self.begun()
+        """Leave the queue, if it is still in it."""
+        if self.waiting:
+            self.waiting = False
+            if self.begun is not None:
+                self.begun()
+
+    def wait_again(self) -> None:
+        """Get back into the queue."""
+        self.waiting = True
+        if self.put_back is not None:
+            self.put_back()
 
 
 class Signature(NamedTuple):

@@ -248,8 +248,8 @@ class Connection:
                 break
             self._queue.remove(query)
             self._sent.append(query)
-            query.begin()
             query.add_done_callback(self._settled)
+            self._sent[0].begin()  # the others wait for that one
             self._link.send(query.sql, query.parameters)
         if self._link is not None and self.unused and not self._queue and not self._sent:
             self._link.close()
@@ -275,9 +275,11 @@ class Connection:
         self._note_transaction(query)
         hit = isinstance(outcome, Cancelled) and not query.cancelled()
         if hit:
-            self._queue.appendleft(query)  # another one was meant, and this one had no effect
+            query.wait_again()  # another one was meant, and this one had no effect
+            self._queue.appendleft(query)
         self._advance()  # before anybody else does anything: the server shall not wait
         if self._sent:
+            self._sent[0].begin()
             self._settled(self._sent[0])
         if not hit:
             self._settle(query, outcome)

@@ -104,14 +104,6 @@ class Link:
         """Whether a transaction was begun and has not ended."""
         return self._pgconn.transaction_status in _IN_TRANSACTION
 
-    def _is_alive(self) -> bool:
-        """Find out whether the link is still there, before a query is risked on it."""
-        # Before the end there may be a message, and what follows that is seen by the second look.
-        self._readable()
-        if self._fd >= 0:
-            self._readable()
-        return self._fd >= 0
-
     def may_send(self, parameters: Sequence[bytes | None]) -> bool:
         """Whether a query may be sent; its owner is told when that may have changed."""
         if self._cancel is not None:
@@ -133,6 +125,14 @@ class Link:
             self._flush()
         except psycopg.Error as error:
             self._lose(message_of(error))
+
+    def _is_alive(self) -> bool:
+        """Find out whether the link is still there, before a query is risked on it."""
+        # Before the end there may be a message, and what follows that is seen by the second look.
+        self._readable()
+        if self._fd >= 0:
+            self._readable()
+        return self._fd >= 0
 
     def _set_pipeline(self, *, on: bool) -> None:
         if on != self._pipeline:
