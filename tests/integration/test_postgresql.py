@@ -1047,12 +1047,12 @@ def test_connections_that_nobody_uses_any_more_do_not_add_up(server: Postgresql)
 
 def test_ending_a_query_for_its_time_does_not_end_those_of_others(server: Postgresql) -> None:
     body = """
-    local seconds = name:match("^slow") and 5 or 0.001
+    local seconds = name:match("^slow") and 30 or 0.001
     print(name, db:execute("SELECT $1::text, pg_sleep($2)", {name, seconds}) ~= nil)
     """
-    names = [f"slow-{n}" if n % 3 == 0 else f"quick-{n}" for n in range(60)]
-    outcome = play(with_handler(server, body), *names, limits=Handlers(time=0.1))
+    names = [f"slow-{n}" if n % 3 == 0 else f"quick-{n}" for n in range(24)]
+    outcome = play(with_handler(server, body), *names, limits=Handlers(time=0.5))
     quick = [f"{name}\ttrue" for name in names if name.startswith("quick")]
     assert sorted(outcome.output) == sorted(quick)
-    assert len(outcome.errors) == 20
-    assert all("ran longer than 0.1 s" in line for line in outcome.errors)
+    assert len(outcome.errors) == 8
+    assert all("ran longer than 0.5 s" in line for line in outcome.errors)
