@@ -1,0 +1,1 @@
+"""The accessory daemon: named namespaces for process spawners."""
