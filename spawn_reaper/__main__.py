@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -198,13 +198,12 @@ async def _script(
 ) -> Script:
     """Return the loaded script."""
     try:
-        script = Script(settings.handlers, root, trace)
+        with ExitStack() as exits:
+            script = Script(settings.handlers, root, trace)
+            exits.callback(script.close)
+            await script.load(path)
+            exits.pop_all()
     except ScriptError as error:
-        raise Unusable(str(error)) from None
-    try:
-        await script.load(path)
-    except ScriptError as error:
-        script.close()
         raise Unusable(str(error)) from None
     return script
 
@@ -244,7 +243,7 @@ def _unknown_names(path: Path) -> list[str]:
 
     try:
         return lint(new_runtime(), path.read_bytes(), str(path), api())
-    except OSError:
+    except (OSError, ScriptError):
         return []  # whoever loads it says so
     except Unavailable as error:
         _log.warning("%s", error)

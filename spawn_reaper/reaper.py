@@ -15,6 +15,7 @@ import os
 import select
 import time
 from contextlib import suppress
+from itertools import islice
 from typing import Final, Protocol
 
 import msgspec
@@ -286,9 +287,10 @@ class Reaper:
         self._timer_end = math.inf
         self._now = time.monotonic()
         if self._must_hold():
-            self._timer_end = self._now + _HOLD
+            batch = self._in_danger()
+            self._timer_end = self._now if batch else self._now + _HOLD
             self._timer = self._loop.call_at(self._timer_end, self._settle)
-            self._settle_batch(self._in_danger())
+            self._settle_batch(batch)
             return
         try:
             size = _SMALL_BATCH if self._hooks is not None and self._hooks.busy() else _BATCH
@@ -308,16 +310,17 @@ class Reaper:
 
     def _in_danger(self) -> list[Cgroup]:
         """Take what is due in scopes that have run empty, and may go at any moment."""
-        found = [
+        due = (
             cgroup
             for scope in self._tree.scopes.values()
             if not scope.populated
             for cgroup in scope.root.descendants()
             if cgroup.due is not None and cgroup.due <= self._now
-        ]
-        for cgroup in found:
+        )
+        batch = list(islice(due, _BATCH))
+        for cgroup in batch:
             cgroup.due = None
-        return found
+        return batch
 
     def _settle_batch(self, cgroups: list[Cgroup]) -> None:
         """Release what can be released, children before their parents."""

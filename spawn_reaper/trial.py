@@ -5,7 +5,7 @@ Owns the format of that file: JSON with the names and units that scripts see, al
 
 from __future__ import annotations
 
-import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +20,10 @@ from spawn_reaper.script import Script
 from spawn_reaper.usage import Counters, Peaks, Pressure, Usage
 
 _Amount = Annotated[float, msgspec.Meta(ge=0, le=2**53)]
+
+
+Tell = Callable[[str], None]
+"""Prints a line of what happened."""
 
 
 class TrialError(Exception):
@@ -133,10 +137,6 @@ async def try_script(script: Script, release: Release, seconds: float, tell: Tel
     return not left and script.failed_count == before
 
 
-Tell = Callable[[str], None]
-"""Prints a line of what happened."""
-
-
 def tracer(tell: Tell) -> Callable[[bytes, bytes, bytes, bytes], None]:
     """Return what prints a line for each call that the script makes."""
 
@@ -149,4 +149,4 @@ def tracer(tell: Tell) -> Callable[[bytes, bytes, bytes, bytes], None]:
 
 def read_file(path: Path) -> bytes:
     """Return the contents of PATH; ``-`` is standard input."""
-    return os.fdopen(0, "rb", closefd=False).read() if str(path) == "-" else path.read_bytes()
+    return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
