@@ -12,6 +12,7 @@ import pytest
 from spawn_common import linux
 from tests.tools.harness import Cgroup, Host
 from tests.tools.harness import host as make_host
+from tests.tools.postgresql import Postgresql, running_server
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,3 +46,10 @@ def scope(host: Host) -> Iterator[Cgroup]:
     yield scope
     spawner.kill()
     spawner.wait()
+
+
+@pytest.fixture(scope="module")
+def module_server() -> Iterator[Postgresql]:
+    """One server for all tests of this module."""
+    with running_server() as server:
+        yield server

@@ -10,19 +10,11 @@ import pytest
 
 from spawn_reaper.settings import Handlers
 from tests.tools import servers
-from tests.tools.postgresql import WAIT_FOR_LOCK, Postgresql, running_server
-from tests.tools.scripts import SCOPE, Stage, play, printed, run
+from tests.tools.postgresql import WAIT_FOR_LOCK, Postgresql
+from tests.tools.scripts import SCOPE, SCRIPT, Stage, handling, play, printed, run, waiting
 
-SCRIPT: Final = "script"
 WAITS: Final = f'db:execute("{WAIT_FOR_LOCK}")'  # until a test lets it end
 CANNOT_RESUME: Final = "cannot resume a coroutine that waits for an operation"
-
-
-@pytest.fixture(scope="module")
-def module_server() -> Iterator[Postgresql]:
-    """One server for all tests of this module."""
-    with running_server() as server:
-        yield server
 
 
 @pytest.fixture
@@ -43,26 +35,12 @@ def with_connection(server: Postgresql, code: str) -> str:
 
 def with_handler(server: Postgresql, body: str, code: str = "") -> str:
     """Return a script whose handler is BODY, which knows the cgroup's name as `name`."""
-    return with_connection(
-        server,
-        f"""
-        {code}
-        function cgroup_released(cgroup)
-          local name = cgroup.path:match("[^/]+$")
-          {body}
-        end
-        """,
-    )
+    return with_connection(server, handling(body, code))
 
 
 def line_of(code: str, part: str) -> int:
     """Return the number of the line of CODE that has PART in it."""
     return code[: code.index(part)].count("\n") + 1
-
-
-async def waiting(stage: Stage, server: Postgresql) -> None:
-    """Return as soon as the query of WAITS is in flight."""
-    await stage.until("it is in flight", lambda: server.waiting_count() == 1)
 
 
 # Parked handlers

@@ -21,7 +21,7 @@ from tests.tools import control, servers
 from tests.tools.control import Command, decode
 from tests.tools.harness import Cgroup, Host, wait_for
 from tests.tools.native import ROOT
-from tests.tools.postgresql import Postgresql, programs, running_server
+from tests.tools.postgresql import Postgresql, programs
 from tests.tools.scripts import SCOPE, Stage, release, run
 
 EXAMPLES: Final = ROOT / "lua" / "examples"
@@ -41,13 +41,6 @@ def directory() -> Iterator[Path]:
     """A directory for sockets."""
     with servers.short_directory() as path:
         yield path
-
-
-@pytest.fixture(scope="module")
-def module_server() -> Iterator[Postgresql]:
-    """One server for all tests of this module."""
-    with running_server() as server:
-        yield server
 
 
 @pytest.fixture

@@ -14,17 +14,8 @@ import pytest
 
 from spawn_reaper.bindings import database, link
 from spawn_reaper.settings import Handlers
-from tests.tools.postgresql import WAIT_FOR_LOCK, Postgresql, running_server
-from tests.tools.scripts import Outcome, Stage, play, printed, run
-
-SCRIPT: Final = "script"  # what the scripts' connections are called in the server
-
-
-@pytest.fixture(scope="module")
-def module_server() -> Iterator[Postgresql]:
-    """One server for all tests of this module."""
-    with running_server() as server:
-        yield server
+from tests.tools.postgresql import WAIT_FOR_LOCK, Postgresql
+from tests.tools.scripts import SCRIPT, Outcome, Stage, handling, play, printed, run, waiting
 
 
 @pytest.fixture
@@ -65,16 +56,7 @@ def with_connection(server: Postgresql, code: str, schema: str = "nil") -> str:
 
 def with_handler(server: Postgresql, body: str, code: str = "") -> str:
     """Return a script whose handler is BODY, which knows the cgroup's name as `name`."""
-    return with_connection(
-        server,
-        f"""
-        {code}
-        function cgroup_released(cgroup)
-          local name = cgroup.path:match("[^/]+$")
-          {body}
-        end
-        """,
-    )
+    return with_connection(server, handling(body, code))
 
 
 def shown(server: Postgresql, code: str, schema: str = "nil") -> list[str]:
@@ -85,11 +67,6 @@ def shown(server: Postgresql, code: str, schema: str = "nil") -> list[str]:
 def written(server: Postgresql) -> list[str]:
     """Return what scripts have written, in order."""
     return [text for (text,) in server.query("SELECT text FROM line ORDER BY number")]
-
-
-async def waiting(stage: Stage, server: Postgresql) -> None:
-    """Return as soon as WAIT_FOR_LOCK is in flight."""
-    await stage.until("the query is in flight", lambda: server.waiting_count() == 1)
 
 
 # Queries and parameters

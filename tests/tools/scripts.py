@@ -21,9 +21,11 @@ from spawn_reaper.release import Release
 from spawn_reaper.script import Script
 from spawn_reaper.settings import Handlers
 from spawn_reaper.usage import NO_COUNTERS, NO_PEAKS, Counters, Peaks, Usage
+from tests.tools.postgresql import Postgresql
 
 SECONDS: Final = 25.0  # for one test in the event loop
 SCOPE: Final = "/test.scope/"
+SCRIPT: Final = "script"  # what the scripts' connections are called in a server
 
 T = TypeVar("T")
 
@@ -242,3 +244,19 @@ def _captured_output() -> Iterator[IO[bytes]]:
         stack.callback(os.dup2, before, 1)
         # A description of its own: reading must not move the position that is written at.
         yield stack.enter_context(open(f"/proc/self/fd/{file.fileno()}", "rb", buffering=0))
+
+
+def handling(body: str, code: str = "") -> str:
+    """Return CODE and a handler, which is BODY and knows the cgroup's name as `name`."""
+    return f"""
+    {code}
+    function cgroup_released(cgroup)
+      local name = cgroup.path:match("[^/]+$")
+      {body}
+    end
+    """
+
+
+async def waiting(stage: Stage, server: Postgresql) -> None:
+    """Return as soon as WAIT_FOR_LOCK is in flight."""
+    await stage.until("the query is in flight", lambda: server.waiting_count() == 1)

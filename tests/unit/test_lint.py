@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import time
 from pathlib import Path
@@ -27,20 +26,6 @@ SCRIPTS = [ROOT / "lua/reaper.lua", *sorted((ROOT / "lua/examples").glob("*.lua"
 def runtime() -> Any:
     """Return an interpreter; scripts are only read in it, so one is enough for all."""
     return new_runtime()
-
-
-def available() -> bool:
-    """Tell whether luacheck is installed; where the tests must not be skipped, it has to be."""
-    try:
-        lint(runtime(), b"", "", api())
-    except Unavailable:
-        if os.environ.get("CI") == "true":
-            raise
-        return False
-    return True
-
-
-needs_luacheck = pytest.mark.skipif(not available(), reason="luacheck is not installed")
 
 
 def check(code: str | bytes) -> list[str]:
@@ -98,7 +83,6 @@ FOUND = {
 }
 
 
-@needs_luacheck
 @pytest.mark.parametrize("code", FOUND)
 def test_mistakes_are_found(code: str) -> None:
     assert check(code) == [FOUND[code]]
@@ -152,19 +136,16 @@ QUIET = {
 }
 
 
-@needs_luacheck
 @pytest.mark.parametrize("name", QUIET)
 def test_nothing_is_reported_without_need(name: str) -> None:
     assert check(QUIET[name]) == []
 
 
-@needs_luacheck
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_our_scripts_are_in_order(path: Path) -> None:
     assert check(path.read_bytes()) == []
 
 
-@needs_luacheck
 def test_findings_are_in_order_and_names_come_from_the_api() -> None:
     found = lint(runtime(), b"b()\npg:new()\na()", "n", Api({}, {}, {}, {}))
     assert found == [
@@ -172,7 +153,6 @@ def test_findings_are_in_order_and_names_come_from_the_api() -> None:
     ]
 
 
-@needs_luacheck
 @pytest.mark.parametrize(
     ("code", "lines"),
     [
@@ -226,7 +206,6 @@ HOSTILE = {
 }
 
 
-@needs_luacheck
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_scripts_do_no_harm(name: str) -> None:
     start = time.process_time()
@@ -237,7 +216,6 @@ def test_hostile_scripts_do_no_harm(name: str) -> None:
 PIECES = re.findall(r"\w+|\s+|[^\w\s]+", SCRIPTS[2].read_text())
 
 
-@needs_luacheck
 @given(st.data())
 def test_any_script_can_be_analysed(data: st.DataObject) -> None:
     pieces = list(PIECES)
