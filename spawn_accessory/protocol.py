@@ -4,6 +4,8 @@ Pure: bytes in, records out. All numbers are in the machine's byte order, since 
 one machine. A datagram is MAGIC, the CRC-32 of all that follows, and packets: size and command of
 the payload, the payload, and NUL bytes up to the next multiple of four. All packets of a datagram
 are one request, or one response.
+
+Commands from 0x8001 on are ours: the C++ suite does not know them, and passes over them.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import msgspec
 
 MAGIC: Final = 0x63046173
 DATAGRAM_MAX: Final = 4096
+NAME_MAX: Final = 4064  # so that a response can list it
 
 _HEADER: Final = struct.Struct("=II")
 _PACKET: Final = struct.Struct("=HH")
 _FLAGS: Final = struct.Struct("=I")
+_LISTED: Final = struct.Struct("=III")  # CLONE_* flags, leases, age in seconds; NAME follows
 _ALIGNMENT: Final = 4
 
 
@@ -34,6 +38,13 @@ class Command(IntEnum):
     PID_NAMESPACE = 3
     USER_NAMESPACE = 4
     LEASE_PIPE = 5
+    NET_NAMESPACE = 0x8001
+    UTS_NAMESPACE = 0x8002
+    CGROUP_NAMESPACE = 0x8003
+    MOUNT_NAMESPACE = 0x8004
+    TIME_NAMESPACE = 0x8005
+    LIST = 0x8006
+    STATUS = 0x8007
 
 
 class Answer(IntEnum):
@@ -42,6 +53,9 @@ class Answer(IntEnum):
     ERROR = 0
     NAMESPACE_HANDLES = 1
     LEASE_PIPE = 2
+    LISTED = 0x8001
+    LIST_MORE = 0x8002
+    STATUS = 0x8003
 
 
 class Namespace(IntEnum):
@@ -50,6 +64,14 @@ class Namespace(IntEnum):
     IPC = 0x08000000
     PID = 0x20000000
     USER = 0x10000000
+    NET = 0x40000000
+    UTS = 0x04000000
+    CGROUP = 0x02000000
+    MOUNT = 0x00020000
+    TIME = 0x00000080
+
+
+_COMMANDS: Final = {kind: Command[f"{kind.name}_NAMESPACE"] for kind in Namespace}
 
 
 class Malformed(Exception):
@@ -64,25 +86,49 @@ class Maps(msgspec.Struct, frozen=True):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What a client wants."""
+    """What a client wants.
+
+    ``namespaces`` has the kinds in the order of a response; ``maps`` are there if USER is one of
+    them. ``list_after`` asks for the names that sort after it: all of them after an empty one.
+    """
 
     name: bytes | None = None
-    ipc: bool = False
-    pid: bool = False
-    user: Maps | None = None
+    namespaces: tuple[Namespace, ...] = ()
+    maps: Maps | None = None
     lease: bool = False
+    list_after: bytes | None = None
+    status: bool = False
 
     def wants_answer(self) -> bool:
         """Whether anything is asked for; if not, there is no answer."""
-        return self.ipc or self.pid or self.user is not None or self.lease
+        return bool(self.namespaces) or self.lease or self.list_after is not None or self.status
+
+
+class Listed(msgspec.Struct, frozen=True):
+    """One NAME that exists: ``age`` in seconds, ``leases`` 0 if nobody holds one.
+
+    Else they are those that were given out since nobody held one, so at most that many are held.
+    """
+
+    name: bytes
+    namespaces: tuple[Namespace, ...]
+    leases: int
+    age: int
 
 
 class Response(msgspec.Struct, frozen=True):
-    """What a client gets; the descriptors come with it, in this order, that of the lease last."""
+    """What a client gets; the descriptors come with it, in this order, that of the lease last.
+
+    ``more`` says that there are more names to be listed, after the last one of ``listed``.
+    ``status`` is text for programs: lines of key=value.
+    """
 
     namespaces: tuple[Namespace, ...] = ()
     lease: bool = False
     error: str | None = None
+    listed: tuple[Listed, ...] = ()
+    more: bool = False
+    status: str | None = None
 
 
 # Datagrams
@@ -132,14 +178,18 @@ def pack_request(request: Request) -> bytes:
     packets: list[tuple[int, bytes]] = []
     if request.name is not None:
         packets.append((Command.NAME, request.name))
-    if request.ipc:
-        packets.append((Command.IPC_NAMESPACE, b""))
-    if request.pid:
-        packets.append((Command.PID_NAMESPACE, b""))
-    if request.user is not None:
-        packets.append((Command.USER_NAMESPACE, request.user.uid + b"\0" + request.user.gid))
+    for kind in request.namespaces:
+        payload = b""
+        if kind is Namespace.USER:
+            assert request.maps is not None
+            payload = request.maps.uid + b"\0" + request.maps.gid
+        packets.append((_COMMANDS[kind], payload))
     if request.lease:
         packets.append((Command.LEASE_PIPE, b""))
+    if request.list_after is not None:
+        packets.append((Command.LIST, request.list_after))
+    if request.status:
+        packets.append((Command.STATUS, b""))
     return pack_datagram(packets)
 
 
@@ -153,23 +203,28 @@ def unpack_request(datagram: bytes) -> Request:
             continue
         if command in payloads and command is not Command.NOP:
             raise Malformed(f"{command.name} is there twice")
-        payloads[command] = payload
-    for command in (Command.IPC_NAMESPACE, Command.PID_NAMESPACE, Command.LEASE_PIPE):
-        if payloads.get(command):
+        if payload and command not in _WITH_PAYLOAD:
             raise Malformed(f"{command.name} takes no payload")
+        payloads[command] = payload
     user = payloads.get(Command.USER_NAMESPACE)
     return Request(
         name=_checked_name(payloads.get(Command.NAME)),
-        ipc=Command.IPC_NAMESPACE in payloads,
-        pid=Command.PID_NAMESPACE in payloads,
-        user=None if user is None else _maps(user),
+        namespaces=tuple(kind for kind in Namespace if _COMMANDS[kind] in payloads),
+        maps=None if user is None else _maps(user),
         lease=Command.LEASE_PIPE in payloads,
+        list_after=payloads.get(Command.LIST),
+        status=Command.STATUS in payloads,
     )
+
+
+_WITH_PAYLOAD: Final = frozenset((Command.NOP, Command.NAME, Command.USER_NAMESPACE, Command.LIST))
 
 
 def _checked_name(name: bytes | None) -> bytes | None:
     if name is not None and not name:
         raise Malformed("NAME is empty")
+    if name is not None and len(name) > NAME_MAX:
+        raise Malformed(f"NAME is longer than {NAME_MAX} bytes")
     if name is not None and not all(0x20 <= byte <= 0x7F for byte in name):
         raise Malformed("NAME has characters that are not plain ASCII")
     return name
@@ -196,13 +251,35 @@ def pack_response(response: Response) -> bytes:
         packets.append((Answer.NAMESPACE_HANDLES, flags))
     if response.lease:
         packets.append((Answer.LEASE_PIPE, b""))
+    packets += [
+        (Answer.LISTED, _LISTED.pack(sum(one.namespaces), one.leases, one.age) + one.name)
+        for one in response.listed
+    ]
+    if response.more:
+        packets.append((Answer.LIST_MORE, b""))
+    if response.status is not None:
+        packets.append((Answer.STATUS, response.status.encode(errors="replace")))
     return pack_datagram(packets)
+
+
+def pack_page(names: Iterable[Listed]) -> bytes:
+    """Return the datagram that lists as many of NAMES as fit, and says if there are more."""
+    room = DATAGRAM_MAX - _HEADER.size - _PACKET.size
+    page: list[Listed] = []
+    for one in names:
+        size = _PACKET.size + _LISTED.size + len(one.name)
+        room -= size + -size % _ALIGNMENT
+        if room < 0:
+            return pack_response(Response(listed=tuple(page), more=True))
+        page.append(one)
+    return pack_response(Response(listed=tuple(page)))
 
 
 def unpack_response(datagram: bytes) -> Response:
     """Return the response in a datagram."""
     namespaces: tuple[Namespace, ...] = ()
-    lease, error = False, None
+    lease, more, error, status = False, False, None, None
+    listed = []
     for command, payload in unpack_datagram(datagram):
         if command == Answer.ERROR:
             error = payload.decode(errors="replace")
@@ -210,7 +287,13 @@ def unpack_response(datagram: bytes) -> Response:
             namespaces = _namespaces(payload)
         elif command == Answer.LEASE_PIPE:
             lease = True
-    return Response(namespaces, lease, error)
+        elif command == Answer.LISTED:
+            listed.append(_listed(payload))
+        elif command == Answer.LIST_MORE:
+            more = True
+        elif command == Answer.STATUS:
+            status = payload.decode(errors="replace")
+    return Response(namespaces, lease, error, tuple(listed), more, status)
 
 
 def _namespaces(payload: bytes) -> tuple[Namespace, ...]:
@@ -220,3 +303,11 @@ def _namespaces(payload: bytes) -> tuple[Namespace, ...]:
         return tuple(Namespace(flag) for (flag,) in _FLAGS.iter_unpack(payload))
     except ValueError as error:
         raise Malformed(f"NAMESPACE_HANDLES: {error}") from None
+
+
+def _listed(payload: bytes) -> Listed:
+    if len(payload) <= _LISTED.size:
+        raise Malformed("LISTED has no name")
+    flags, leases, age = _LISTED.unpack_from(payload)
+    kinds = tuple(kind for kind in Namespace if flags & kind)
+    return Listed(payload[_LISTED.size :], kinds, leases, age)

@@ -35,6 +35,7 @@ def datagram(*packets: tuple[int, bytes], magic: int = 0x63046173, crc: int | No
 
 
 NAME = (1, b"alice")
+SUITE = (Namespace.IPC, Namespace.PID, Namespace.USER)
 
 REQUESTS = {
     "nothing": (datagram(), Request()),
@@ -46,24 +47,27 @@ REQUESTS = {
         datagram((1, bytes(range(0x20, 0x80)))),
         Request(name=bytes(range(0x20, 0x80))),
     ),
-    "ipc": (datagram(NAME, (2, b"")), Request(name=b"alice", ipc=True)),
-    "pid": (datagram(NAME, (3, b"")), Request(name=b"alice", pid=True)),
+    "ipc": (datagram(NAME, (2, b"")), Request(b"alice", (Namespace.IPC,))),
+    "pid": (datagram(NAME, (3, b"")), Request(b"alice", (Namespace.PID,))),
     "user": (
         datagram(NAME, (4, b"0 1000 1\n\0000 100 1\n")),
-        Request(name=b"alice", user=Maps(b"0 1000 1\n", b"0 100 1\n")),
+        Request(b"alice", (Namespace.USER,), Maps(b"0 1000 1\n", b"0 100 1\n")),
     ),
-    "user with empty maps": (datagram(NAME, (4, b"\0")), Request(b"alice", user=Maps(b"", b""))),
+    "user with empty maps": (
+        datagram(NAME, (4, b"\0")),
+        Request(b"alice", (Namespace.USER,), Maps(b"", b"")),
+    ),
     "lease": (datagram(NAME, (5, b"")), Request(name=b"alice", lease=True)),
     "all": (
         datagram(NAME, (2, b""), (3, b""), (4, b"a\0b"), (5, b"")),
-        Request(b"alice", ipc=True, pid=True, user=Maps(b"a", b"b"), lease=True),
+        Request(b"alice", SUITE, Maps(b"a", b"b"), lease=True),
     ),
     "any order": (
         datagram((5, b""), (3, b""), NAME),
-        Request(name=b"alice", pid=True, lease=True),
+        Request(b"alice", (Namespace.PID,), lease=True),
     ),
     "newer commands": (
-        datagram((77, b"something"), NAME, (0x8001, b""), (77, b"")),
+        datagram((77, b"something"), NAME, (0x9001, b""), (77, b"")),
         Request(name=b"alice"),
     ),
 }
@@ -122,11 +126,13 @@ def test_requests_are_written_as_the_suite_does(what: str) -> None:
 def test_only_what_asks_for_something_wants_an_answer() -> None:
     assert not Request(name=b"x").wants_answer()
     assert Request(lease=True).wants_answer()
-    assert Request(user=Maps(b"", b"")).wants_answer()
+    assert Request(namespaces=(Namespace.IPC,)).wants_answer()
+    assert Request(list_after=b"").wants_answer()
+    assert Request(status=True).wants_answer()
 
 
 def test_responses_are_written_as_the_suite_does() -> None:
-    namespaces = (Namespace.IPC, Namespace.PID, Namespace.USER)
+    namespaces = SUITE
     flags = struct.pack("=III", 0x08000000, 0x20000000, 0x10000000)
     assert pack_response(Response(namespaces, lease=True)) == datagram((1, flags), (2, b""))
     assert pack_response(Response(error="no")) == datagram((0, b"no"))
@@ -139,7 +145,7 @@ def test_a_long_error_is_cut_off() -> None:
     assert unpack_response(raw).error == "x" * 4084
 
 
-@pytest.mark.parametrize("flags", [b"\0", bytes(4), struct.pack("=I", 0x20000)])
+@pytest.mark.parametrize("flags", [b"\0", bytes(4), struct.pack("=I", 0x40000)])
 def test_a_response_with_unknown_namespaces_is_malformed(flags: bytes) -> None:
     with pytest.raises(Malformed, match="NAMESPACE_HANDLES"):
         unpack_response(datagram((1, flags)))
