@@ -1,7 +1,8 @@
 """Linux system calls and kernel file formats that the standard library lacks.
 
-Owns: inotify, the birth time from statx, the lines of /proc/self/mountinfo. Every function raises
-OSError with the kernel's errno; nothing here decides what an error means. Constants carry the name
+Owns: inotify, the birth time from statx, the lines of /proc/self/mountinfo, unshare and setns,
+what a socket knows of its peer. Every function raises OSError with the kernel's errno; nothing here
+decides what an error means. Constants carry the name
 of the header that they come from.
 """
 
@@ -11,6 +12,7 @@ import ctypes
 import errno
 import os
 import re
+import socket
 import struct
 from typing import Final, NamedTuple
 
@@ -27,6 +29,14 @@ IN_ISDIR: Final = 0x40000000
 _AT_SYMLINK_NOFOLLOW: Final = 0x100
 _STATX_BTIME: Final = 0x800
 
+# <asm-generic/socket.h>
+_SO_PEERGROUPS: Final = 59
+_SO_PEERPIDFD: Final = 77
+
+# <linux/capability.h>
+CAP_SYS_ADMIN: Final = 21
+_LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
 _libc.inotify_rm_watch.argtypes = (ctypes.c_int, ctypes.c_int)
@@ -37,6 +47,9 @@ _libc.statx.argtypes = (
     ctypes.c_uint,
     ctypes.c_void_p,
 )
+_libc.unshare.argtypes = (ctypes.c_int,)
+_libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
+_libc.capget.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
 
 # Bound once: looking a function up in the library again costs more than some of the calls do.
 _inotify_add_watch = _libc.inotify_add_watch
@@ -162,3 +175,59 @@ def _reachable(mount: Mount) -> bool:
         return os.stat(mount.path).st_dev == mount.device
     except OSError:
         return False
+
+
+def unshare(flags: int) -> None:
+    """Move this thread into new namespaces, those of the CLONE_NEW* in FLAGS (unshare(2))."""
+    if _libc.unshare(flags) < 0:
+        raise _error("unshare")
+
+
+def setns(fd: int, kind: int) -> None:
+    """Move this thread into the namespace FD, which must be of KIND, a CLONE_NEW* (setns(2))."""
+    if _libc.setns(fd, kind) < 0:
+        raise _error("setns")
+
+
+def effective_capabilities(pid: int) -> int:
+    """Return what the process holds in its own user namespace, bit N for CAP_* N (capget(2))."""
+    data = ctypes.create_string_buffer(24)  # twice: effective, permitted, inheritable
+    if _libc.capget(struct.pack("=Ii", _LINUX_CAPABILITY_VERSION_3, pid), data) < 0:
+        raise _error("capget")
+    low, high = struct.unpack("=I8xI8x", data.raw)
+    result: int = low | high << 32
+    return result
+
+
+_PEER = struct.Struct("=iII")
+
+
+def peer_credentials(peer: socket.socket) -> tuple[int, int, int]:
+    """Return pid, uid and gid of who connected, as they were then (SO_PEERCRED, unix(7)).
+
+    The pid is 0 where the peer is in another PID namespace that is not below ours.
+    """
+    pid, uid, gid = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return pid, uid, gid
+
+
+def peer_pidfd(peer: socket.socket, pid: int) -> int:
+    """Return a pidfd of who connected, whose pid was PID; ESRCH if it is gone.
+
+    Before Linux 6.5 it is opened by its number, which may have been given to another process.
+    """
+    try:
+        return peer.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
+    return os.pidfd_open(pid)
+
+
+def peer_groups(peer: socket.socket) -> frozenset[int]:
+    """Return the supplementary groups of who connected, as they were then (SO_PEERGROUPS).
+
+    ERANGE if there are more than 256: the standard library takes no more than a kilobyte.
+    """
+    data = peer.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
+    return frozenset(number for (number,) in struct.iter_unpack("=I", data))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import logging
 import os
 import resource
@@ -12,14 +11,13 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import msgspec
 
 from spawn_common import linux
+from spawn_common.command import Unusable, Version, die, freeze_memory, load_settings
 from spawn_common.service import AlreadyRunning, Claims, Service
-from spawn_common.settings import SettingsError
-from spawn_common.settings import load as load_settings
 from spawn_reaper.accounts import Accounts
 from spawn_reaper.bindings.calling import Trace
 from spawn_reaper.reaper import Reaper
@@ -30,18 +28,11 @@ from spawn_reaper.usage import local_counters
 
 _log = logging.getLogger("spawn_reaper")
 
+PROGRAM: Final = "cm4all-spawn-reaper"
 DEFAULT_CONFIG: Final = Path("/etc/cm4all/spawn/reaper.toml")
 DEFAULT_SCRIPT: Final = Path("/etc/cm4all/spawn/reaper.lua")
 _STACK: Final = 100 << 20  # bytes
 NOWHERE: Final = b"/dev/null"  # a cgroup root below which there is nothing
-
-
-class Unusable(Exception):
-    """The daemon cannot start; ``problems`` says why, one line each."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__(*problems)
-        self.problems = problems
 
 
 def main() -> None:
@@ -57,14 +48,14 @@ def main() -> None:
         else:
             asyncio.run(_serve(arguments))
     except Unusable as error:
-        _die(*error.problems)
+        die(PROGRAM, *error.problems)
     except KeyboardInterrupt:
         sys.exit(1)
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="cm4all-spawn-reaper",
+        prog=PROGRAM,
         description="Watch cgroup v2 scopes; when a cgroup runs empty, log what it used, "
         "call the Lua function cgroup_released, and delete it.",
         epilog="SIGHUP calls the Lua function reload. SIGTERM and SIGINT end the daemon.",
@@ -109,7 +100,7 @@ def _parse_arguments() -> argparse.Namespace:
         help="run the script once against the release in FILE (JSON, - for standard input), print "
         "what it does, and exit; no cgroup is touched, all else is done for real",
     )
-    parser.add_argument("--version", action=_Version, help="print the version and exit")
+    parser.add_argument("--version", action=Version, help="print the version and exit")
     return parser.parse_args()
 
 
@@ -125,41 +116,12 @@ def _allow_deep_recursion() -> None:
         resource.setrlimit(resource.RLIMIT_STACK, (_STACK, hard))
 
 
-class _Version(argparse.Action):
-    """Prints the version; looking it up costs memory that a daemon need not spend."""
-
-    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:  # noqa: A002
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib import metadata
-
-        print(parser.prog, metadata.version("cm4all-spawn"))
-        sys.exit(0)
-
-
-def _die(*problems: str) -> NoReturn:
-    for problem in problems:
-        print(f"cm4all-spawn-reaper: {problem}", file=sys.stderr)
-    sys.exit(1)
-
-
 # Parts
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     """Return the settings of file and command line."""
-    settings = Settings()
-    path = arguments.config or DEFAULT_CONFIG
-    try:
-        settings = load_settings(path, Settings, check)
-    except FileNotFoundError:
-        if arguments.config:
-            raise Unusable(f"{path}: No such file or directory") from None
-    except OSError as error:
-        raise Unusable(f"{path}: {error.strerror}") from None
-    except SettingsError as error:
-        raise Unusable(*error.problems) from None
+    settings = load_settings(arguments.config, DEFAULT_CONFIG, Settings, check)
     if arguments.scopes:
         problems = [
             f"--scope {pattern!r} {reason}"
@@ -314,7 +276,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
             hooks=script if script and script.handles_releases else None,
         )
         reaper.start()
-        _freeze_memory()
+        freeze_memory()
         service.ready()
         await stopped
         reaper.stop()
@@ -328,12 +290,6 @@ async def _serve(arguments: argparse.Namespace) -> None:
             script.close()
         patterns.close()
         scopes.close()
-
-
-def _freeze_memory() -> None:
-    """Take what was loaded out of the garbage collector's sight: it stays anyway."""
-    gc.collect()
-    gc.freeze()
 
 
 def _local_counters(root: bytes, mount_options: frozenset[bytes]) -> frozenset[str]:

@@ -1,0 +1,197 @@
+"""cm4all-spawn-accessory: the command line, and where the daemon's parts are put together."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Final
+
+from spawn_accessory.keeper import Keeper
+from spawn_accessory.programs import Missing, find
+from spawn_accessory.registry import Registry
+from spawn_accessory.server import Server
+from spawn_accessory.settings import Settings, check
+from spawn_accessory.watch import Watch
+from spawn_common import sockets
+from spawn_common.command import (
+    Unusable,
+    Version,
+    die,
+    freeze_memory,
+    load_settings,
+    version,
+)
+from spawn_common.service import Service
+
+_log = logging.getLogger("spawn_accessory")
+
+PROGRAM: Final = "cm4all-spawn-accessory"
+DEFAULT_CONFIG: Final = Path("/etc/cm4all/spawn/accessory.toml")
+DEFAULT_ADDRESS: Final = "@cm4all-spawn"
+_KEEPER: Final = "keeper"  # how the service manager calls the socket to the keeper
+
+
+def main() -> None:
+    """Run the command; the exit status is 0, or 1 for a problem, or 2 for wrong usage."""
+    arguments = _parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        if arguments.check:
+            _check(arguments)
+        else:
+            asyncio.run(_serve(arguments))
+    except Unusable as error:
+        die(PROGRAM, *error.problems)
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Create named namespaces for process spawners, and keep them for as long as "
+        "somebody holds a lease.",
+        epilog="SIGHUP loads the settings again. SIGTERM and SIGINT end the daemon; what it made "
+        "lives on if a service manager keeps the socket to the keeper.",
+    )
+    parser.add_argument(
+        "--listen",
+        metavar="ADDRESS",
+        action="append",
+        help="take requests at @NAME, a name in the abstract namespace, or at /PATH; may be given "
+        f"more than once (default: {DEFAULT_ADDRESS}); sockets that the service manager passes "
+        "are used instead",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help=f"the settings (default: {DEFAULT_CONFIG}, if it exists)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="load the settings, report every problem, and exit",
+    )
+    parser.add_argument("--version", action=Version, help="print the version and exit")
+    arguments = parser.parse_args()
+    for address in arguments.listen or ():
+        if address[:1] not in ("@", "/") or len(address) < 2:
+            parser.error(f"--listen {address!r}: @NAME or /PATH expected")
+    return arguments
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    return load_settings(arguments.config, DEFAULT_CONFIG, Settings, check)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    _settings(arguments)
+    try:
+        find("keeper"), find("init")
+    except Missing as error:
+        raise Unusable(str(error)) from None
+
+
+async def _serve(arguments: argparse.Namespace) -> None:
+    """Run the daemon until it is told to stop."""
+    began = time.monotonic()
+    passed = sockets.passed_sockets()
+    settings = _settings(arguments)
+    _raise_limit()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a keeper ended
+    loop = asyncio.get_running_loop()
+    with ExitStack() as exits:
+        listeners = _listeners(arguments, passed, exits)
+        watch = Watch()
+        exits.callback(watch.close)
+        keeper = _keeper(sockets.address_of(listeners[0]), watch, passed)
+        exits.callback(keeper.close)
+        registry = Registry(settings, keeper, watch, loop)
+        exits.callback(registry.close)
+
+        def describe() -> str:
+            lines: dict[str, object] = {"version": version()}
+            lines["uptime"] = int(time.monotonic() - began)
+            lines["connections"] = server.connections
+            lines |= registry.counts()
+            return "".join(f"{key}={value}\n" for key, value in lines.items())
+
+        def reload(done: Callable[[], None]) -> None:
+            try:
+                loaded = _settings(arguments)
+            except Unusable as error:
+                for problem in error.problems:
+                    _log.error("the settings stay as they are: %s", problem)
+            else:
+                registry.use(loaded)
+                server.use(loaded)
+            done()
+
+        service = Service(reload, registry.summary)
+        exits.callback(service.close)
+        server = Server(listeners, registry, settings, describe)
+        exits.callback(server.close)
+        loop.add_reader(watch, watch.run)
+        exits.callback(loop.remove_reader, watch)
+        freeze_memory()
+        service.ready()
+        await service.stopped()
+
+
+def _raise_limit() -> None:
+    """Allow ourselves as many descriptors as we may have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _listeners(
+    arguments: argparse.Namespace,
+    passed: list[tuple[str, socket.socket]],
+    exits: ExitStack,
+) -> list[socket.socket]:
+    """Return what to accept connections from."""
+    listeners = [one for name, one in passed if name != _KEEPER and sockets.is_listening(one)]
+    for address in () if listeners else arguments.listen or [DEFAULT_ADDRESS]:
+        try:
+            listener = sockets.listen(address)
+        except sockets.InUse as error:
+            raise Unusable(str(error)) from None
+        except OSError as error:
+            raise Unusable(f"cannot listen at {address}: {error.strerror}") from None
+        listeners.append(listener)
+        if address.startswith("/"):
+            exits.callback(_unlink, address)
+    for listener in listeners:
+        exits.callback(listener.close)
+    return listeners
+
+
+def _unlink(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)
+
+
+def _keeper(address: str, watch: Watch, passed: list[tuple[str, socket.socket]]) -> Keeper:
+    olds = [one for name, one in passed if name == _KEEPER and not sockets.is_listening(one)]
+    try:
+        return Keeper(address, watch, lambda fd: sockets.store(_KEEPER, fd), olds)
+    except Missing as error:
+        raise Unusable(str(error)) from None
+    except OSError as error:
+        raise Unusable(f"cannot start the keeper: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""The keeper: a process that outlives the daemon and holds all that must not end with it.
+
+Every descriptor of a namespace or lease is a Record; the daemon has it, and the keeper has it too.
+A daemon that starts gets them back from the keeper, whose socket the service manager stores. If the
+keeper dies, the daemon starts another one and hands it everything. See programs/keeper.c for the
+other side.
+
+The keeper also makes those namespaces that need a process of their own: it is small, and so are its
+children.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Final, NamedTuple
+
+import msgspec
+
+from spawn_accessory.namespaces import limit_reached
+from spawn_accessory.programs import find
+from spawn_accessory.protocol import Maps, Namespace
+from spawn_accessory.strays import end_strays, pid_of
+from spawn_accessory.watch import Watch
+
+_log = logging.getLogger("spawn_accessory")
+
+_HOLD: Final = 1
+_MAKE: Final = 2
+_DROP: Final = 3
+_ALL: Final = 4
+_HEADER: Final = struct.Struct("=IIIiQ")  # operation, kind, slot, errno, since
+_MESSAGE_MAX: Final = 8192
+_DESCRIPTORS_MAX: Final = 2
+_TIMEOUT: Final = struct.pack("@ll", 10, 0)
+
+
+class Record(msgspec.Struct, frozen=True, gc=False):
+    """One namespace or lease of a NAME; ``kind`` is None for a lease.
+
+    ``since`` is when it was made, in nanoseconds of CLOCK_BOOTTIME. ``descriptors`` are the
+    namespace, and the pidfd of its init if it is a PID namespace; of a lease, the pipe's read end.
+    """
+
+    slot: int
+    kind: Namespace | None
+    name: bytes
+    maps: Maps | None
+    since: int
+    descriptors: tuple[int, ...] = ()
+
+    def text(self) -> bytes:
+        """Return what the keeper keeps with the descriptors."""
+        if self.maps is None:
+            return self.name
+        return b"\0".join((self.name, self.maps.uid, self.maps.gid))
+
+    def header(self, operation: int) -> bytes:
+        """Return the beginning of a message about this record."""
+        return _HEADER.pack(operation, self.kind or 0, self.slot, 0, self.since)
+
+
+class Keeper:
+    """The daemon's end of the keeper; holds what it is given, whatever happens to the process."""
+
+    def __init__(
+        self,
+        address: str,
+        watch: Watch,
+        store: Callable[[int], None],
+        olds: Iterable[socket.socket] = (),
+    ) -> None:
+        """Take over the keeper at one of OLDS, or start one, which is handed to STORE.
+
+        ADDRESS tells the inits of one daemon from those of others. OSError if no keeper can be
+        started.
+        """
+        self._address = address
+        self._watch = watch
+        self._store = store
+        self._keeper, self._init = find("keeper"), find("init")
+        self._records: dict[int, Record] = {}
+        self._free: list[int] = []
+        self._ordered: list[Record] = []
+        self._socket: socket.socket | None = None
+        for old in olds:
+            if self._socket is None and self._take_over(old):
+                self._use(old)
+            else:
+                old.close()
+        if self._socket is None:
+            self._start()
+        self._end_strays()
+
+    @property
+    def records(self) -> Iterable[Record]:
+        """All that is held."""
+        return self._records.values()
+
+    def hold(
+        self, kind: Namespace | None, name: bytes, maps: Maps | None, descriptors: tuple[int, ...]
+    ) -> Record:
+        """Keep descriptors, which belong to us from now on."""
+        record = msgspec.structs.replace(self._new(kind, name, maps), descriptors=descriptors)
+        self._records[record.slot] = record
+        try:
+            self._send(_HOLD, record)
+        except OSError:
+            del self._records[record.slot]
+            self._free.append(record.slot)
+            _close(descriptors)
+            raise
+        return record
+
+    def order(self, kind: Namespace, name: bytes, maps: Maps | None) -> Record:
+        """Ask for a new namespace; ``collect`` returns it."""
+        record = self._new(kind, name, maps)
+        self._ordered.append(record)
+        try:
+            self._send(_MAKE, record)
+        except OSError:
+            self._ordered.remove(record)
+            self._free.append(record.slot)
+            raise
+        return record
+
+    def collect(self, ordered: Record) -> Record:
+        """Return what was ordered, as soon as it is there; OSError if it could not be made.
+
+        Records are collected in the order in which they were ordered, and each of them is.
+        """
+        number, descriptors = errno.EIO, tuple[int, ...]()
+        try:
+            number, descriptors = self._answer(ordered)
+        finally:
+            self._ordered.remove(ordered)
+            if number or not descriptors:
+                self._free.append(ordered.slot)
+        if number or not descriptors:
+            raise _failure(ordered, number)
+        record = msgspec.structs.replace(ordered, descriptors=descriptors)
+        self._records[record.slot] = record
+        return record
+
+    def drop(self, record: Record) -> None:
+        """End a record: closes its descriptors, and kills the init of a PID namespace."""
+        del self._records[record.slot]
+        _close(record.descriptors)
+        self._free.append(record.slot)
+        try:
+            self._send(_DROP, record)
+        except OSError as error:
+            _log.error("the keeper cannot be told what to end: %s", error)
+
+    def close(self) -> None:
+        """Close our descriptors. The keeper goes on if somebody else holds its socket."""
+        self._forget_socket()
+        for record in self._records.values():
+            _close(record.descriptors)
+        self._records.clear()
+
+    def _new(self, kind: Namespace | None, name: bytes, maps: Maps | None) -> Record:
+        slot = self._free.pop() if self._free else len(self._records) + len(self._ordered)
+        return Record(slot, kind, name, maps, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+
+    # Messages
+
+    def _send(self, operation: int, record: Record) -> None:
+        """Send a message; a new keeper is told of everything anyway."""
+        try:
+            self._try_to_send(operation, record)
+        except ConnectionError:
+            self._replace()
+
+    def _try_to_send(self, operation: int, record: Record) -> None:
+        if self._socket is None:
+            raise _ended()
+        parts = [record.header(operation)]
+        if operation != _DROP:
+            parts.append(record.text())
+        rights = []
+        if operation == _HOLD:
+            fds = struct.pack(f"={len(record.descriptors)}i", *record.descriptors)
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
+        self._socket.sendmsg(parts, rights, socket.MSG_NOSIGNAL)
+
+    def _answer(self, ordered: Record) -> tuple[int, tuple[int, ...]]:
+        """Return errno and descriptors of what was ordered."""
+        for _ in range(2):
+            try:
+                while True:
+                    header, _, descriptors = self._receive()
+                    if header.operation == _MAKE and header.since == ordered.since:
+                        return header.error, descriptors
+                    _close(descriptors)  # of one that came too late
+            except BlockingIOError:
+                self._try_to_send(_DROP, ordered)
+                return errno.ETIMEDOUT, ()
+            except ConnectionError:
+                self._replace()
+        return errno.ECONNRESET, ()
+
+    def _receive(self) -> tuple[_Header, bytes, tuple[int, ...]]:
+        if self._socket is None:
+            raise _ended()
+        return _receive(self._socket)
+
+    # The process
+
+    def _start(self) -> None:
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.posix_spawn(
+                self._keeper,
+                [str(self._keeper), str(self._init), self._address],
+                {},
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, its.fileno(), 0),
+                    (os.POSIX_SPAWN_DUP2, null, 1),
+                    (os.POSIX_SPAWN_DUP2, null, 2),
+                ],
+                setsid=True,
+                setsigmask=(),
+                setsigdef=set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP},
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            its.close()
+            os.close(null)
+        self._use(ours)
+        self._store(ours.fileno())
+
+    def _use(self, end: socket.socket) -> None:
+        self._socket = _prepared(end)
+        self._watch.add(end.fileno(), select.EPOLLIN, self._readable)
+
+    def _forget_socket(self) -> None:
+        if self._socket is not None:
+            self._watch.remove(self._socket.fileno())
+            self._socket.close()
+            self._socket = None
+
+    def _readable(self) -> None:
+        """Replace the keeper if it has died."""
+        with suppress(BlockingIOError):
+            try:
+                if self._socket and self._socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK):
+                    return  # an answer that nobody waits for any more
+            except ConnectionError:
+                pass
+            try:
+                self._replace()
+            except OSError as error:
+                _log.error("the keeper has died, and there is no other: %s", error)
+
+    def _replace(self) -> None:
+        """Start another keeper, and tell it of everything."""
+        _log.warning("the keeper has died; starting another")
+        self._forget_socket()
+        self._start()
+        for record in self._records.values():
+            self._try_to_send(_HOLD, record)
+        self._end_strays()
+        for record in self._ordered:
+            self._try_to_send(_MAKE, record)
+
+    def _end_strays(self) -> None:
+        known = {
+            pid_of(record.descriptors[1])
+            for record in self._records.values()
+            if record.kind is Namespace.PID
+        }
+        end_strays(self._init, self._address, known)
+
+    def _take_over(self, old: socket.socket) -> bool:
+        """Get everything back from a keeper; False if it has died."""
+        nonce = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        try:
+            _prepared(old).sendmsg([_HEADER.pack(_ALL, 0, 0, 0, nonce)])
+            while True:
+                header, text, descriptors = _receive(old)
+                if header.operation == _ALL and header.since == nonce:
+                    break
+                # Else it is what was sent to a daemon that has died meanwhile.
+                if header.operation == _HOLD and descriptors and header.slot not in self._records:
+                    self._records[header.slot] = _record(header, text, descriptors)
+                else:
+                    _close(descriptors)
+        except OSError:
+            for record in self._records.values():
+                _close(record.descriptors)
+            self._records.clear()
+            return False
+        self._free = [
+            slot for slot in range(max(self._records, default=0)) if slot not in self._records
+        ]
+        return True
+
+
+class _Header(NamedTuple):
+    operation: int
+    kind: int
+    slot: int
+    error: int
+    since: int
+
+
+def _prepared(end: socket.socket) -> socket.socket:
+    # Not settimeout(): that makes two system calls of each.
+    end.setblocking(True)
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEOUT)
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEOUT)
+    return end
+
+
+def _record(header: _Header, text: bytes, descriptors: tuple[int, ...]) -> Record:
+    name, *maps = text.split(b"\0")
+    return Record(
+        header.slot,
+        Namespace(header.kind) if header.kind else None,
+        name,
+        Maps(*maps) if maps else None,
+        header.since,
+        descriptors,
+    )
+
+
+def _receive(end: socket.socket) -> tuple[_Header, bytes, tuple[int, ...]]:
+    """Return header, text and descriptors of the next message; ConnectionError if none can come."""
+    data, rights, _, _ = end.recvmsg(
+        _MESSAGE_MAX, socket.CMSG_SPACE(4 * _DESCRIPTORS_MAX), socket.MSG_CMSG_CLOEXEC
+    )
+    descriptors: tuple[int, ...] = ()
+    for level, kind, content in rights:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors = struct.unpack(f"={len(content) // 4}i", content)
+    if len(data) < _HEADER.size:
+        _close(descriptors)
+        raise _ended()
+    return _Header(*_HEADER.unpack_from(data)), data[_HEADER.size :], descriptors
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)
+
+
+def _ended() -> ConnectionResetError:
+    return ConnectionResetError(errno.ECONNRESET, "the keeper has ended")
+
+
+def _failure(ordered: Record, number: int) -> OSError:
+    assert ordered.kind is not None
+    if number == errno.ENOSPC:
+        return limit_reached(ordered.kind)
+    reason = os.strerror(number) if number else "out of descriptors"
+    return OSError(number or errno.EMFILE, f"no {ordered.kind.name} namespace: {reason}")

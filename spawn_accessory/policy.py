@@ -1,0 +1,117 @@
+"""Who may ask, and for what.
+
+Root, those who could do the same by themselves, and whom the settings allow.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import select
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from spawn_accessory.idmaps import parse_map
+from spawn_accessory.protocol import Maps
+from spawn_accessory.settings import Allow, Settings, group_id, user_id
+from spawn_common import linux
+
+
+class Refused(Exception):
+    """What is asked for cannot be had; the message tells the client why."""
+
+
+class Access(msgspec.Struct, frozen=True):
+    """What a peer may do; ``names`` are patterns of the names that it may use, None for all."""
+
+    root: bool = False
+    names: tuple[re.Pattern[str], ...] | None = None
+
+    def may_use(self, name: bytes) -> bool:
+        """Whether the peer may have the namespaces of NAME, and know of it."""
+        if self.names is None:
+            return True
+        text = name.decode("ascii")
+        return any(pattern.fullmatch(text) for pattern in self.names)
+
+    def check(self, name: bytes, maps: Maps | None) -> None:
+        """Raise Refused if the peer may not ask for this, BadMap if that cannot be said."""
+        if self.root:
+            return
+        if not self.may_use(name):
+            raise Refused("you may not use this name")
+        if maps is not None and (_maps_zero(maps.uid) or _maps_zero(maps.gid)):
+            raise Refused("only root may map the host's user or group 0")
+
+
+def _maps_zero(text: bytes) -> bool:
+    return any(extent.contains_outside(0) for extent in parse_map(text))
+
+
+class _Rule(msgspec.Struct, frozen=True):
+    uids: frozenset[int]
+    gids: frozenset[int]
+    names: tuple[re.Pattern[str], ...]
+
+
+class Policy:
+    """The rules of this daemon."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._rules = [_rule(allow) for allow in settings.allow]
+        self._uid_map = Path("/proc/self/uid_map").read_bytes()
+
+    def access(self, peer: socket.socket) -> Access | None:
+        """Return what the peer of a connection may do; None if it may do nothing."""
+        pid, uid, gid = linux.peer_credentials(peer)
+        if uid == 0:
+            return Access(root=True)
+        if self._is_administrator(peer, pid):
+            return Access()
+        gids = frozenset((gid,))
+        if any(rule.gids for rule in self._rules):
+            with suppress(OSError):
+                gids |= linux.peer_groups(peer)
+        names = tuple(
+            name
+            for rule in self._rules
+            if uid in rule.uids or gids & rule.gids
+            for name in rule.names
+        )
+        return Access(names=names) if names else None
+
+    def _is_administrator(self, peer: socket.socket, pid: int) -> bool:
+        """Whether the peer holds CAP_SYS_ADMIN in our user namespace.
+
+        capget(2) tells of the peer's own user namespace, and which one that is can only be seen by
+        those who may trace it. But its uid map may be read by all, and to make another namespace
+        with the same one takes a privileged process.
+        """
+        with suppress(OSError):
+            pidfd = linux.peer_pidfd(peer, pid)
+            try:
+                held = linux.effective_capabilities(pid) >> linux.CAP_SYS_ADMIN & 1
+                ours = held and Path(f"/proc/{pid}/uid_map").read_bytes() == self._uid_map
+                # Was it the peer all the time, and not another process with its number?
+                return bool(ours) and _is_alive(pidfd)
+            finally:
+                os.close(pidfd)
+        return False
+
+
+def _rule(allow: Allow) -> _Rule:
+    return _Rule(
+        frozenset(map(user_id, allow.users)),
+        frozenset(map(group_id, allow.groups)),
+        tuple(re.compile(fnmatch.translate(pattern)) for pattern in allow.names),
+    )
+
+
+def _is_alive(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return not poll.poll(0)

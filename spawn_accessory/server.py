@@ -1,0 +1,297 @@
+"""Connections: takes requests, asks the registry, sends the answers."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import errno
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import lru_cache
+from typing import Final
+
+from spawn_accessory.idmaps import BadMap
+from spawn_accessory.policy import Access, Policy, Refused
+from spawn_accessory.protocol import (
+    DATAGRAM_MAX,
+    Malformed,
+    Namespace,
+    Request,
+    Response,
+    pack_page,
+    pack_response,
+    unpack_request,
+)
+from spawn_accessory.registry import Registry
+from spawn_accessory.settings import Settings
+from spawn_common import linux
+
+_log = logging.getLogger("spawn_accessory")
+
+_STRANGERS_MAX: Final = 64  # connections of those who may ask for nothing
+_AT_ONCE: Final = 64  # connections accepted before others get a turn
+_LAST_REQUESTS: Final = 1000  # answered to one connection when the daemon ends
+_UNREAD_SECONDS: Final = 10.0
+_QUIET_SECONDS: Final = 60.0
+_NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+# A spawner asks for the same again and again.
+_understood = lru_cache(256)(unpack_request)
+
+
+@lru_cache(256)
+def _granted(namespaces: tuple[Namespace, ...], lease: bool) -> bytes:
+    return pack_response(Response(namespaces, lease))
+
+
+class _Connection:
+    """One client; ``access`` is None for one who may ask for nothing."""
+
+    __slots__ = ("access", "socket", "timer", "uid", "unanswered")
+
+    def __init__(self, end: socket.socket, uid: int, access: Access | None) -> None:
+        self.socket = end
+        self.uid = uid
+        self.access = access
+        self.unanswered = b""  # the request whose answer does not fit into the queue
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Server:
+    """Serves clients that connect to some listening sockets; needs a running event loop."""
+
+    def __init__(
+        self,
+        listeners: Iterable[socket.socket],
+        registry: Registry,
+        settings: Settings,
+        describe: Callable[[], str],
+    ) -> None:
+        """DESCRIBE gives the answer to STATUS."""
+        self._listeners = tuple(listeners)
+        self._registry = registry
+        self._describe = describe
+        self._loop = asyncio.get_running_loop()
+        self._connections: dict[_Connection, None] = {}
+        self._strangers: dict[_Connection, None] = {}
+        self._complaints: dict[int, float] = {}
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.use(settings)
+        for listener in self._listeners:
+            listener.setblocking(False)
+            self._listen(listener)
+
+    def use(self, settings: Settings) -> None:
+        """Follow other settings from now on, for new connections."""
+        self._policy = Policy(settings)
+        self._limits = settings.limits
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected."""
+        return len(self._connections)
+
+    def close(self) -> None:
+        """Answer what has been asked, and close all connections."""
+        for listener in self._listeners:
+            self._loop.remove_reader(listener)
+        for connection in tuple(self._connections):
+            for _ in range(_LAST_REQUESTS):
+                if connection.timer is not None or not self._serve(connection):
+                    break
+            self._drop(connection)
+        os.close(self._spare)
+
+    # Connections
+
+    def _listen(self, listener: socket.socket) -> None:
+        self._loop.add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(_AT_ONCE):
+            try:
+                end = listener.accept()[0]
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _NO_DESCRIPTOR:
+                    self._turn_away(listener, error)
+                    return
+                continue  # the client has gone again
+            try:
+                self._connected(end)
+            except OSError as error:
+                _log.warning("a connection is lost: %s", error)
+                end.close()
+
+    def _turn_away(self, listener: socket.socket, problem: OSError) -> None:
+        """Tell a client that we have no descriptor for it, with the help of one set aside."""
+        os.close(self._spare)
+        try:
+            with suppress(OSError), listener.accept()[0] as end:
+                _say(end, f"no connection: {problem.strerror}")
+        finally:
+            try:
+                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                self._spare = -1
+        self._loop.remove_reader(listener)
+        self._loop.call_later(0.1, self._listen, listener)
+
+    def _connected(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        # Then a truncated control message can only be one with descriptors.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        connection = _Connection(end, linux.peer_credentials(end)[1], self._policy.access(end))
+        if connection.access is None:
+            if len(self._strangers) >= _STRANGERS_MAX:
+                self._drop(next(iter(self._strangers)))
+            self._strangers[connection] = None
+        elif len(self._connections) - len(self._strangers) >= self._limits.connections:
+            self._complain(connection.uid, "too many connections (limits.connections)")
+            _say(end, "there are too many connections (limits.connections)")
+            end.close()
+            return
+        self._connections[connection] = None
+        self._loop.add_reader(end, self._serve, connection)
+
+    def _drop(self, connection: _Connection) -> None:
+        if connection in self._connections:
+            del self._connections[connection]
+            self._strangers.pop(connection, None)
+            self._loop.remove_reader(connection.socket)
+            self._resume(connection)
+            connection.socket.close()
+
+    def _reject(self, connection: _Connection, reason: str) -> None:
+        """Tell the client what is wrong with it, and drop it."""
+        end = connection.socket
+        self._complain(connection.uid, reason)
+        with suppress(OSError):
+            _say(end, reason)
+            # Requests that are left unread would take the answer from the client (ECONNRESET).
+            end.shutdown(socket.SHUT_RD)
+            while end.recv(DATAGRAM_MAX):
+                pass
+        self._drop(connection)
+
+    # Requests
+
+    def _serve(self, connection: _Connection) -> bool:
+        """Answer one request; whether there was one."""
+        try:
+            datagram, _, flags, _ = connection.socket.recvmsg(DATAGRAM_MAX + 1)
+        except BlockingIOError:
+            return False
+        except OSError:
+            datagram, flags = b"", 0
+        if not datagram:
+            self._drop(connection)
+            return False
+        if flags & socket.MSG_CTRUNC:
+            self._reject(connection, "descriptors are not taken")
+        else:
+            self._handle(connection, datagram)
+        return True
+
+    def _handle(self, connection: _Connection, datagram: bytes) -> None:
+        try:
+            request = _understood(datagram)
+            if request.wants_answer():
+                self._answer(connection, request)
+        except Malformed as error:
+            self._reject(connection, f"malformed request: {error}")
+        except BlockingIOError:
+            self._pause(connection, datagram)
+        except ConnectionError:
+            self._drop(connection)  # it has gone meanwhile
+
+    def _answer(self, connection: _Connection, request: Request) -> None:
+        """Send the answer; BlockingIOError if there is no room for it."""
+        access = connection.access
+        if access is None:
+            self._reject(connection, "permission denied")
+            return
+        lease = -1
+        descriptors: list[int] = []
+        try:
+            if request.list_after is not None:
+                listed = self._registry.listing(request.list_after)
+                answer = pack_page(one for one in listed if access.may_use(one.name))
+            elif request.status:
+                answer = pack_response(Response(status=self._describe()))
+            else:
+                if request.name is None:
+                    raise Refused("NAME is missing")
+                access.check(request.name, request.maps)
+                grant = self._registry.obtain(
+                    request.name, request.namespaces, request.maps, request.lease
+                )
+                descriptors, lease = grant.namespaces, grant.lease
+                answer = _granted(request.namespaces, request.lease)
+        except (Refused, BadMap, OSError) as error:
+            reason = _reason(error)
+            self._complain(connection.uid, reason)
+            answer = pack_response(Response(error=reason))
+        try:
+            _send(connection.socket, answer, [*descriptors, lease] if lease >= 0 else descriptors)
+        finally:
+            if lease >= 0:
+                os.close(lease)
+
+    # Clients that do not read
+
+    def _pause(self, connection: _Connection, datagram: bytes) -> None:
+        """Take no more requests until the answer to DATAGRAM can be sent."""
+        connection.unanswered = datagram
+        self._loop.remove_reader(connection.socket)
+        self._loop.add_writer(connection.socket, self._writable, connection)
+        connection.timer = self._loop.call_later(_UNREAD_SECONDS, self._tired, connection)
+
+    def _writable(self, connection: _Connection) -> None:
+        self._resume(connection)
+        self._loop.add_reader(connection.socket, self._serve, connection)
+        self._handle(connection, connection.unanswered)
+
+    def _resume(self, connection: _Connection) -> None:
+        if connection.timer is not None:
+            connection.timer.cancel()
+            connection.timer = None
+            self._loop.remove_writer(connection.socket)
+
+    def _tired(self, connection: _Connection) -> None:
+        self._complain(connection.uid, "it does not read its answers")
+        self._drop(connection)
+
+    # Log
+
+    def _complain(self, uid: int, reason: str) -> None:
+        """Log a refusal, if the last one to this user was a while ago."""
+        now = time.monotonic()
+        if now - self._complaints.get(uid, -_QUIET_SECONDS) >= _QUIET_SECONDS:
+            if len(self._complaints) > 1000:
+                self._complaints.clear()
+            self._complaints[uid] = now
+            _log.warning("refused to a process of user %d: %s", uid, reason)
+
+
+def _reason(error: Exception) -> str:
+    """Return what to tell about an error."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)
+
+
+def _say(end: socket.socket, reason: str) -> None:
+    _send(end, pack_response(Response(error=reason)), [])
+
+
+def _send(end: socket.socket, datagram: bytes, descriptors: list[int]) -> None:
+    rights = []
+    if descriptors:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+    end.sendmsg([datagram], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)

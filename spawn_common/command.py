@@ -1,0 +1,72 @@
+"""What the command lines of the daemons share: problems, the version, where settings come from."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import msgspec
+
+from spawn_common.settings import Check, SettingsError, load
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+class Unusable(Exception):
+    """A program cannot do its work; ``problems`` says why, one line each."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+
+def die(program: str, *problems: str) -> NoReturn:
+    """End with status 1, after a line for each problem."""
+    for problem in problems:
+        print(f"{program}: {problem}", file=sys.stderr)
+    sys.exit(1)
+
+
+def version() -> str:
+    """Return the version of the suite; looking it up costs memory that a daemon need not spend."""
+    from importlib import metadata
+
+    return metadata.version("cm4all-spawn")
+
+
+class Version(argparse.Action):
+    """An option that prints the version and ends the program."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:  # noqa: A002
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        """Do so."""
+        print(parser.prog, version())
+        sys.exit(0)
+
+
+def load_settings(path: Path | None, default: Path, kind: type[S], check: Check[S]) -> S:
+    """Return the settings in the file at PATH; without PATH those at DEFAULT, if it exists.
+
+    Unusable says everything that is wrong with them.
+    """
+    try:
+        return load(path or default, kind, check)
+    except FileNotFoundError:
+        if path:
+            raise Unusable(f"{path}: No such file or directory") from None
+        return kind()
+    except OSError as error:
+        raise Unusable(f"{path or default}: {error.strerror}") from None
+    except SettingsError as error:
+        raise Unusable(*error.problems) from None
+
+
+def freeze_memory() -> None:
+    """Take what was loaded out of the garbage collector's sight: it stays anyway."""
+    gc.collect()
+    gc.freeze()
