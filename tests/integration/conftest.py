@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from spawn_common import linux
+from tests.tools.accessory import Accessory, make_accessory
 from tests.tools.harness import Cgroup, Host
 from tests.tools.harness import host as make_host
 from tests.tools.postgresql import Postgresql, running_server
@@ -46,6 +47,19 @@ def scope(host: Host) -> Iterator[Cgroup]:
     yield scope
     spawner.kill()
     spawner.wait()
+
+
+@pytest.fixture
+def stopped_accessory(host: Host) -> Iterator[Accessory]:
+    """An accessory daemon that a test starts itself, and everything that it makes."""
+    with make_accessory(host.directory, host.scope("accessory.service")) as place:
+        yield place
+
+
+@pytest.fixture
+def accessory(stopped_accessory: Accessory) -> Accessory:
+    """An accessory daemon that is ready."""
+    return stopped_accessory.start()
 
 
 @pytest.fixture(scope="module")

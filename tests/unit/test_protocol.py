@@ -22,16 +22,7 @@ from spawn_accessory.protocol import (
     unpack_request,
     unpack_response,
 )
-
-
-def datagram(*packets: tuple[int, bytes], magic: int = 0x63046173, crc: int | None = None) -> bytes:
-    """Return a datagram as the contract describes it."""
-    body = b""
-    for command, payload in packets:
-        body += struct.pack("=HH", len(payload), command) + payload
-        while len(body) % 4:
-            body += b"\0"
-    return struct.pack("=II", magic, zlib.crc32(body) if crc is None else crc) + body
+from tests.tools.wire import datagram
 
 
 NAME = (1, b"alice")
