@@ -140,7 +140,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
 
         service = Service(reload, registry.summary)
         exits.callback(service.close)
-        server = Server(listeners, registry, settings, describe)
+        server = Server(listeners, registry, settings, watch, describe)
         exits.callback(server.close)
         loop.add_reader(watch, watch.run)
         exits.callback(loop.remove_reader, watch)

@@ -243,7 +243,7 @@ class Keeper:
 
     def _use(self, end: socket.socket) -> None:
         self._socket = _prepared(end)
-        self._watch.add(end.fileno(), select.EPOLLIN, self._readable)
+        self._watch.add_event(end.fileno(), select.EPOLLIN, self._readable)
 
     def _forget_socket(self) -> None:
         if self._socket is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from spawn_accessory.idmaps import parse_map
-from spawn_accessory.protocol import Maps
+from spawn_accessory.protocol import Request
 from spawn_accessory.settings import Allow, Settings, group_id, user_id
 from spawn_common import linux
 
@@ -38,12 +38,13 @@ class Access(msgspec.Struct, frozen=True):
         text = name.decode("ascii")
         return any(pattern.fullmatch(text) for pattern in self.names)
 
-    def check(self, name: bytes, maps: Maps | None) -> None:
+    def check(self, request: Request) -> None:
         """Raise Refused if the peer may not ask for this, BadMap if that cannot be said."""
         if self.root:
             return
-        if not self.may_use(name):
+        if request.name is not None and not self.may_use(request.name):
             raise Refused("you may not use this name")
+        maps = request.maps
         if maps is not None and (_maps_zero(maps.uid) or _maps_zero(maps.gid)):
             raise Refused("only root may map the host's user or group 0")
 

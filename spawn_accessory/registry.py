@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import os
 import select
 import time
@@ -9,29 +10,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-import msgspec
-
 from spawn_accessory.expiry import Clock, Expiry
 from spawn_accessory.idmaps import BadMap, parse_map
 from spawn_accessory.keeper import Keeper, Record
 from spawn_accessory.namespaces import Maker
 from spawn_accessory.policy import Refused
-from spawn_accessory.protocol import Listed, Maps, Namespace
+from spawn_accessory.protocol import Listed, Maps, Namespace, Request
 from spawn_accessory.settings import Settings
 from spawn_accessory.watch import Watch
-
-
-class Grant(msgspec.Struct, frozen=True, gc=False):
-    """What a client gets: ``lease`` belongs to the caller, -1 if there is none."""
-
-    namespaces: list[int]
-    lease: int = -1
 
 
 class _Entry:
     """One NAME; ``leases`` are those given out since nobody held one."""
 
-    __slots__ = ("lease", "leases", "name", "namespaces", "since", "users")
+    __slots__ = ("lease", "leases", "name", "namespaces", "rights", "since", "users")
 
     def __init__(self, name: bytes, since: int) -> None:
         self.name = name
@@ -40,16 +32,13 @@ class _Entry:
         self.users: dict[Maps, Record] = {}
         self.lease: Record | None = None
         self.leases = 0
+        # What to send for a request again: most requests are for what is there.
+        self.rights: dict[Request, bytes] = {}
 
     def find(self, kind: Namespace, maps: Maps | None) -> Record | None:
         if kind is Namespace.USER:
             return self.users.get(maps) if maps is not None else None
         return self.namespaces.get(kind)
-
-    def descriptor(self, kind: Namespace, maps: Maps | None) -> int:
-        record = self.find(kind, maps)
-        assert record is not None
-        return record.descriptors[0]
 
     def add(self, record: Record) -> None:
         if record.kind is None:
@@ -96,41 +85,43 @@ class Registry:
         self._limits = settings.limits
         self._expiry.seconds = settings.expiry
 
-    def obtain(
-        self, name: bytes, kinds: Iterable[Namespace], maps: Maps | None, lease: bool
-    ) -> Grant:
-        """Return namespaces of NAME, in the order of KINDS, made where they are missing.
+    def obtain(self, request: Request) -> tuple[bytes, int]:
+        """Return the descriptors for a request, made where they are missing.
 
-        Refused, BadMap or OSError says why not, and nothing was made then.
+        Those of namespaces come as SCM_RIGHTS takes them (unix(7)). That of the lease belongs to
+        the caller; it is -1 if none was asked for. Refused, BadMap or OSError says why there is
+        nothing; and nothing was made then.
         """
-        self._watch.run()
+        name = request.name
+        if name is None:
+            raise Refused("NAME is missing")
         entry = self._entries.get(name)
         if entry is None:
             if len(self._entries) >= self._limits.names:
                 raise Refused(f"there are {len(self._entries)} names already (limits.names)")
             entry = _Entry(name, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
-        made: list[Record] = []
-        if missing := [kind for kind in kinds if entry.find(kind, maps) is None]:
-            made = self._make(name, missing, maps)
-        write_end = -1
-        if lease:
+        rights = entry.rights.get(request)
+        made = self._make(entry, request) if rights is None else []
+        lease = -1
+        if request.lease:
             try:
-                write_end = self._new_lease(entry)
+                lease = self._new_lease(entry)
             except OSError:
                 self._undo(made)
                 raise
         self._entries[name] = entry
         for record in made:
             self._add(entry, record)
+        if rights is None:
+            rights = entry.rights[request] = _rights(entry, request)
         if entry.leases:
             self._expiry.stop(name)
         else:
             self._expiry.start(name)
-        return Grant([entry.descriptor(kind, maps) for kind in kinds], write_end)
+        return rights, lease
 
     def listing(self, after: bytes) -> Iterator[Listed]:
         """Yield the names that sort after AFTER, in their order."""
-        self._watch.run()
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         for name in sorted(name for name in self._entries if name > after):
             entry = self._entries[name]
@@ -143,7 +134,6 @@ class Registry:
 
     def counts(self) -> dict[str, int]:
         """Return how many of everything there are."""
-        self._watch.run()
         counts = {"names": len(self._entries)}
         counts["leased"] = sum(entry.leases > 0 for entry in self._entries.values())
         counts["namespaces"] = self._namespaces
@@ -157,8 +147,10 @@ class Registry:
 
     # Making
 
-    def _make(self, name: bytes, kinds: list[Namespace], maps: Maps | None) -> list[Record]:
-        """Make namespaces, all or none."""
+    def _make(self, entry: _Entry, request: Request) -> list[Record]:
+        """Make the namespaces that are missing, all or none."""
+        name, maps = entry.name, request.maps
+        kinds = [kind for kind in request.namespaces if entry.find(kind, maps) is None]
         if self._namespaces + len(kinds) > self._limits.namespaces:
             raise Refused(f"there are {self._namespaces} namespaces already (limits.namespaces)")
         if Namespace.USER in kinds and maps is not None:
@@ -217,7 +209,7 @@ class Registry:
         # It died while it replaced a PID namespace or a lease.
         double = entry.lease if record.kind is None else entry.find(record.kind, record.maps)
         if double is not None:
-            self._drop(double)
+            self._drop(entry, double)
         self._add(entry, record)
         if record.kind is None:
             entry.leases = int(not _is_ready(record.descriptors[0], select.POLLHUP))
@@ -226,12 +218,13 @@ class Registry:
         entry.add(record)
         self._namespaces += record.kind is not None
         if record.kind is None:
-            self._watch.add(record.descriptors[0], 0, partial(self._hung_up, entry))
+            self._watch.add_event(record.descriptors[0], 0, partial(self._hung_up, entry))
         elif record.kind is Namespace.PID:
             died = partial(self._init_died, entry)
-            self._watch.add(record.descriptors[1], select.EPOLLIN, died)
+            self._watch.add_event(record.descriptors[1], select.EPOLLIN, died)
 
-    def _drop(self, record: Record) -> None:
+    def _drop(self, entry: _Entry, record: Record) -> None:
+        entry.rights.clear()
         self._namespaces -= record.kind is not None
         if record.kind is None:
             self._watch.remove(record.descriptors[0])
@@ -247,11 +240,17 @@ class Registry:
 
     def _init_died(self, entry: _Entry) -> None:
         """Forget a PID namespace in which nothing can be started any more."""
-        self._drop(entry.namespaces.pop(Namespace.PID))
+        self._drop(entry, entry.namespaces.pop(Namespace.PID))
 
     def _end(self, name: bytes) -> None:
-        for record in tuple(self._entries.pop(name).records()):
-            self._drop(record)
+        entry = self._entries.pop(name)
+        for record in entry.records():
+            self._drop(entry, record)
+
+
+def _rights(entry: _Entry, request: Request) -> bytes:
+    found = (entry.find(kind, request.maps) for kind in request.namespaces)
+    return array.array("i", [record.descriptors[0] for record in found if record]).tobytes()
 
 
 def check_maps(maps: Maps) -> None:

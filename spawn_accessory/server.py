@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import array
 import asyncio
 import errno
 import logging
 import os
+import select
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final
 
 from spawn_accessory.idmaps import BadMap
@@ -28,6 +29,7 @@ from spawn_accessory.protocol import (
 )
 from spawn_accessory.registry import Registry
 from spawn_accessory.settings import Settings
+from spawn_accessory.watch import Watch
 from spawn_common import linux
 
 _log = logging.getLogger("spawn_accessory")
@@ -38,6 +40,9 @@ _LAST_REQUESTS: Final = 1000  # answered to one connection when the daemon ends
 _UNREAD_SECONDS: Final = 10.0
 _QUIET_SECONDS: Final = 60.0
 _NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_INT: Final = struct.Struct("=i")
 
 # A spawner asks for the same again and again.
 _understood = lru_cache(256)(unpack_request)
@@ -69,11 +74,13 @@ class Server:
         listeners: Iterable[socket.socket],
         registry: Registry,
         settings: Settings,
+        watch: Watch,
         describe: Callable[[], str],
     ) -> None:
         """DESCRIBE gives the answer to STATUS."""
         self._listeners = tuple(listeners)
         self._registry = registry
+        self._watch = watch
         self._describe = describe
         self._loop = asyncio.get_running_loop()
         self._connections: dict[_Connection, None] = {}
@@ -98,7 +105,7 @@ class Server:
     def close(self) -> None:
         """Answer what has been asked, and close all connections."""
         for listener in self._listeners:
-            self._loop.remove_reader(listener)
+            self._watch.remove(listener.fileno())
         for connection in tuple(self._connections):
             for _ in range(_LAST_REQUESTS):
                 if connection.timer is not None or not self._serve(connection):
@@ -109,7 +116,7 @@ class Server:
     # Connections
 
     def _listen(self, listener: socket.socket) -> None:
-        self._loop.add_reader(listener, self._accept, listener)
+        self._watch.add_request(listener.fileno(), select.EPOLLIN, partial(self._accept, listener))
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(_AT_ONCE):
@@ -139,7 +146,7 @@ class Server:
                 self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
                 self._spare = -1
-        self._loop.remove_reader(listener)
+        self._watch.remove(listener.fileno())
         self._loop.call_later(0.1, self._listen, listener)
 
     def _connected(self, end: socket.socket) -> None:
@@ -157,14 +164,15 @@ class Server:
             end.close()
             return
         self._connections[connection] = None
-        self._loop.add_reader(end, self._serve, connection)
+        self._watch.add_request(end.fileno(), select.EPOLLIN, partial(self._serve, connection))
 
     def _drop(self, connection: _Connection) -> None:
         if connection in self._connections:
             del self._connections[connection]
             self._strangers.pop(connection, None)
-            self._loop.remove_reader(connection.socket)
-            self._resume(connection)
+            self._watch.remove(connection.socket.fileno())
+            if connection.timer is not None:
+                connection.timer.cancel()
             connection.socket.close()
 
     def _reject(self, connection: _Connection, reason: str) -> None:
@@ -216,8 +224,7 @@ class Server:
         if access is None:
             self._reject(connection, "permission denied")
             return
-        lease = -1
-        descriptors: list[int] = []
+        rights, lease = b"", -1
         try:
             if request.list_after is not None:
                 listed = self._registry.listing(request.list_after)
@@ -225,20 +232,16 @@ class Server:
             elif request.status:
                 answer = pack_response(Response(status=self._describe()))
             else:
-                if request.name is None:
-                    raise Refused("NAME is missing")
-                access.check(request.name, request.maps)
-                grant = self._registry.obtain(
-                    request.name, request.namespaces, request.maps, request.lease
-                )
-                descriptors, lease = grant.namespaces, grant.lease
+                if not access.root:
+                    access.check(request)
+                rights, lease = self._registry.obtain(request)
                 answer = _granted(request.namespaces, request.lease)
         except (Refused, BadMap, OSError) as error:
             reason = _reason(error)
             self._complain(connection.uid, reason)
             answer = pack_response(Response(error=reason))
         try:
-            _send(connection.socket, answer, [*descriptors, lease] if lease >= 0 else descriptors)
+            _send(connection.socket, answer, rights if lease < 0 else rights + _INT.pack(lease))
         finally:
             if lease >= 0:
                 os.close(lease)
@@ -248,20 +251,19 @@ class Server:
     def _pause(self, connection: _Connection, datagram: bytes) -> None:
         """Take no more requests until the answer to DATAGRAM can be sent."""
         connection.unanswered = datagram
-        self._loop.remove_reader(connection.socket)
-        self._loop.add_writer(connection.socket, self._writable, connection)
+        fd = connection.socket.fileno()
+        self._watch.remove(fd)
+        self._watch.add_request(fd, select.EPOLLOUT, partial(self._writable, connection))
         connection.timer = self._loop.call_later(_UNREAD_SECONDS, self._tired, connection)
 
     def _writable(self, connection: _Connection) -> None:
-        self._resume(connection)
-        self._loop.add_reader(connection.socket, self._serve, connection)
-        self._handle(connection, connection.unanswered)
-
-    def _resume(self, connection: _Connection) -> None:
         if connection.timer is not None:
             connection.timer.cancel()
             connection.timer = None
-            self._loop.remove_writer(connection.socket)
+        fd = connection.socket.fileno()
+        self._watch.remove(fd)
+        self._watch.add_request(fd, select.EPOLLIN, partial(self._serve, connection))
+        self._handle(connection, connection.unanswered)
 
     def _tired(self, connection: _Connection) -> None:
         self._complain(connection.uid, "it does not read its answers")
@@ -287,11 +289,10 @@ def _reason(error: Exception) -> str:
 
 
 def _say(end: socket.socket, reason: str) -> None:
-    _send(end, pack_response(Response(error=reason)), [])
+    _send(end, pack_response(Response(error=reason)), b"")
 
 
-def _send(end: socket.socket, datagram: bytes, descriptors: list[int]) -> None:
-    rights = []
-    if descriptors:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
-    end.sendmsg([datagram], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+def _send(end: socket.socket, datagram: bytes, rights: bytes) -> None:
+    """Send a datagram with descriptors, which are as SCM_RIGHTS takes them."""
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
+    end.sendmsg([datagram], control, _FLAGS)

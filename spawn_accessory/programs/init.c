@@ -70,7 +70,8 @@ __asm__(".globl _start\n"
 #error "how to call the kernel of this architecture is not known"
 #endif
 
-#define FIRST_FIVE(number, a, b, c, d, e, ...) call5(number, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e))
+#define FIRST_FIVE(number, a, b, c, d, e, ...) \
+	call5(number, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e))
 #define CALL(name, ...) FIRST_FIVE(__NR_##name, __VA_ARGS__, 0, 0, 0, 0, 0)
 
 // The kernel keeps 15 characters of a thread's name; argv[0] goes on showing all of NAME.

@@ -115,20 +115,17 @@ struct child {
 	int descriptor;
 };
 
-static int set_free(void)
-{
-	sigset_t none;
-	sigemptyset(&none);
-	setsid();
-	return sigprocmask(SIG_SETMASK, &none, NULL);
-}
-
 static int become_init(void *argument)
 {
 	struct child *child = argument;
 	char *environment[] = { NULL };
-	set_free();
+	// One that comes before INIT waits for it would be lost.
+	sigset_t term;
+	sigemptyset(&term);
+	sigaddset(&term, SIGTERM);
+	sigprocmask(SIG_BLOCK, &term, NULL);
 	signal(SIGCHLD, SIG_DFL);
+	setsid();
 	// A descriptor table of its own, without copying ours, which is large.
 	if (close_range(0, ~0U, CLOSE_RANGE_UNSHARE) == 0)
 		execve(init_path, child->argv, environment);
