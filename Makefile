@@ -14,13 +14,15 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 PACKAGES := python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-dev libpq5 lua-check \
     lua-cjson postgresql iproute2 util-linux attr
 
+PROGRAMS := build/libexec/cm4all-spawn-init build/libexec/cm4all-spawn-keeper
+
 .PHONY: demo test check bench clean packages
 .DELETE_ON_ERROR:
 
-demo: .venv/complete
+demo: .venv/complete $(PROGRAMS)
 	@$(SUDO) .venv/bin/python -m demo
 
-test: check
+test: check $(PROGRAMS)
 	$(SUDO) env CI=$(CI) .venv/bin/python -m pytest
 
 check: .venv/complete
@@ -28,13 +30,19 @@ check: .venv/complete
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-bench: .venv/complete
+bench: .venv/complete $(PROGRAMS)
 	@$(SUDO) .venv/bin/python -m bench
 
 .venv/complete: pyproject.toml | packages
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
+
+build/libexec/cm4all-spawn-%: spawn_accessory/programs/%.c | packages
+	@mkdir -p $(@D)
+	$(CC) -std=c17 -O2 -Wall -Wextra -Werror -static $(FREESTANDING) -o $@ $<
+
+build/libexec/cm4all-spawn-init: FREESTANDING := -ffreestanding -nostdlib -fno-stack-protector
 
 # Installs only what is missing, so that nothing is asked of root where nothing is needed. The package
 # of PostgreSQL would make a server of its own and start it.
