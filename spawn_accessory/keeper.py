@@ -239,7 +239,10 @@ class Keeper:
             its.close()
             os.close(null)
         self._use(ours)
-        self._store(ours.fileno())
+        try:
+            self._store(ours.fileno())
+        except OSError as error:
+            _log.error("the service manager does not keep what a restart needs: %s", error)
 
     def _use(self, end: socket.socket) -> None:
         self._socket = _prepared(end)

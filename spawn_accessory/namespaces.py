@@ -6,6 +6,7 @@ A namespace is held by a descriptor; nothing runs in it. The others need a proce
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from contextlib import suppress
 from typing import Final
@@ -13,16 +14,14 @@ from typing import Final
 from spawn_accessory.protocol import Namespace
 from spawn_common import linux
 
+_log = logging.getLogger("spawn_accessory")
+
 _FILES: Final = {
     Namespace.IPC: "ipc",
     Namespace.NET: "net",
     Namespace.UTS: "uts",
     Namespace.CGROUP: "cgroup",
 }
-
-
-class Lost(SystemExit):
-    """The process cannot go back into its own namespaces, and must not go on in a customer's."""
 
 
 class Maker:
@@ -61,7 +60,9 @@ class Maker:
         try:
             linux.setns(self._own[kind], kind)
         except OSError as error:
-            raise Lost(f"cannot return from a new {kind.name} namespace: {error}") from None
+            # To go on in a customer's namespace, be it to clean up, would be worse than to end.
+            _log.critical("cannot return from a new %s namespace: %s", kind.name, error)
+            os._exit(os.EX_OSERR)
 
 
 def limit_reached(kind: Namespace) -> OSError:

@@ -1,0 +1,79 @@
+"""Namespaces that the daemon makes itself: it is always back in its own afterwards, or ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from spawn_accessory.namespaces import Maker
+from spawn_accessory.protocol import Namespace
+from tests.tools.accessory import own_namespaces
+
+MADE = [Namespace.IPC, Namespace.NET, Namespace.UTS, Namespace.CGROUP]
+
+
+@pytest.fixture
+def maker() -> Iterator[Maker]:
+    before = own_namespaces(os.getpid())
+    descriptors = os.listdir("/proc/self/fd")
+    maker = Maker()
+    yield maker
+    maker.close()
+    assert own_namespaces(os.getpid()) == before
+    assert os.listdir("/proc/self/fd") == descriptors
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_each_one_is_new_and_we_are_not_in_it(maker: Maker, kind: Namespace) -> None:
+    made = [maker.make(kind) for _ in range(3)]
+    inodes = {os.fstat(fd).st_ino for fd in made}
+    assert len(inodes) == 3
+    assert os.stat(f"/proc/self/ns/{kind.name.lower()}").st_ino not in inodes
+    for fd in made:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_without_a_free_descriptor_we_are_back_too(maker: Maker, kind: Namespace) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files") as caught:
+            maker.make(kind)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.errno == errno.EMFILE
+
+
+NO_WAY_BACK = """
+import atexit, os
+from spawn_accessory.namespaces import Maker
+from spawn_accessory.protocol import Namespace
+from spawn_common import linux
+
+def refuse(fd, kind):
+    raise OSError(1, "setns: Operation not permitted")
+
+atexit.register(print, "cleaned up in a foreign namespace")
+maker = Maker()
+linux.setns = refuse
+try:
+    maker.make(Namespace.IPC)
+finally:
+    print("went on in a foreign namespace")
+"""
+
+
+def test_a_daemon_that_cannot_go_back_ends_at_once() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", NO_WAY_BACK], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == os.EX_OSERR
+    assert ended.stdout == ""
+    assert "cannot return from a new IPC namespace: setns: Operation not permitted" in ended.stderr
