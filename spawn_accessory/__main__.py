@@ -190,7 +190,7 @@ def _keeper(address: str, watch: Watch, passed: list[tuple[str, socket.socket]])
     except Missing as error:
         raise Unusable(str(error)) from None
     except OSError as error:
-        raise Unusable(f"cannot start the keeper: {error}") from None
+        raise Unusable(f"cannot start the keeper: {error.strerror}") from None
 
 
 if __name__ == "__main__":

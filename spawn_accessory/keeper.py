@@ -158,7 +158,7 @@ class Keeper:
         try:
             self._send(_DROP, record)
         except OSError as error:
-            _log.error("the keeper cannot be told what to end: %s", error)
+            _log.error("the keeper cannot be told what to end: %s", error.strerror)
 
     def close(self) -> None:
         """Close our descriptors. The keeper goes on if somebody else holds its socket."""
@@ -242,7 +242,7 @@ class Keeper:
         try:
             self._store(ours.fileno())
         except OSError as error:
-            _log.error("the service manager does not keep what a restart needs: %s", error)
+            _log.error("the service manager does not keep what a restart needs: %s", error.strerror)
 
     def _use(self, end: socket.socket) -> None:
         self._socket = _prepared(end)
@@ -265,7 +265,7 @@ class Keeper:
             try:
                 self._replace()
             except OSError as error:
-                _log.error("the keeper has died, and there is no other: %s", error)
+                _log.error("the keeper has died, and there is no other: %s", error.strerror)
 
     def _replace(self) -> None:
         """Start another keeper, and tell it of everything."""

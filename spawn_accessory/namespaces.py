@@ -61,7 +61,7 @@ class Maker:
             linux.setns(self._own[kind], kind)
         except OSError as error:
             # To go on in a customer's namespace, be it to clean up, would be worse than to end.
-            _log.critical("cannot return from a new %s namespace: %s", kind.name, error)
+            _log.critical("cannot return from a new %s namespace: %s", kind.name, error.strerror)
             os._exit(os.EX_OSERR)
 
 

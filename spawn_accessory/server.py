@@ -134,7 +134,7 @@ class Server:
             try:
                 self._connected(end)
             except OSError as error:
-                _log.warning("a connection is lost: %s", error)
+                _log.warning("a connection is lost: %s", error.strerror)
                 end.close()
 
     def _turn_away(self, listener: socket.socket, problem: OSError) -> None:

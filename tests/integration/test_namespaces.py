@@ -60,13 +60,13 @@ from spawn_common import linux
 def refuse(fd, kind):
     raise OSError(1, "setns: Operation not permitted")
 
-atexit.register(print, "cleaned up in a foreign namespace")
+atexit.register(print, "cleaned up in a foreign namespace", flush=True)
 maker = Maker()
 linux.setns = refuse
 try:
     maker.make(Namespace.IPC)
 finally:
-    print("went on in a foreign namespace")
+    print("went on in a foreign namespace", flush=True)
 """
 
 
