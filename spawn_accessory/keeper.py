@@ -204,6 +204,9 @@ class Keeper:
             except BlockingIOError:
                 self._try_to_send(_DROP, ordered)
                 return errno.ETIMEDOUT, ()
+            except _Truncated:
+                self._try_to_send(_DROP, ordered)
+                return errno.EMFILE, ()
             except ConnectionError:
                 self._replace()
         return errno.ECONNRESET, ()
@@ -256,16 +259,16 @@ class Keeper:
 
     def _readable(self) -> None:
         """Replace the keeper if it has died."""
-        with suppress(BlockingIOError):
+        with suppress(ConnectionError):
             try:
                 if self._socket and self._socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK):
                     return  # an answer that nobody waits for any more
-            except ConnectionError:
-                pass
-            try:
-                self._replace()
-            except OSError as error:
-                _log.error("the keeper has died, and there is no other: %s", error.strerror)
+            except BlockingIOError:
+                return
+        try:
+            self._replace()
+        except OSError as error:
+            _log.error("the keeper has died, and there is no other: %s", error.strerror)
 
     def _replace(self) -> None:
         """Start another keeper, and tell it of everything."""
@@ -287,7 +290,10 @@ class Keeper:
         end_strays(self._init, self._address, known)
 
     def _take_over(self, old: socket.socket) -> bool:
-        """Get everything back from a keeper; False if it has died."""
+        """Get everything back from a keeper; False if it has died.
+
+        Any other OSError means that it has what we cannot take now, and that shall not be lost.
+        """
         nonce = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         try:
             _prepared(old).sendmsg([_HEADER.pack(_ALL, 0, 0, 0, nonce)])
@@ -300,7 +306,7 @@ class Keeper:
                     self._records[header.slot] = _record(header, text, descriptors)
                 else:
                     _close(descriptors)
-        except OSError:
+        except ConnectionError:
             for record in self._records.values():
                 _close(record.descriptors)
             self._records.clear()
@@ -309,6 +315,10 @@ class Keeper:
             slot for slot in range(max(self._records, default=0)) if slot not in self._records
         ]
         return True
+
+
+class _Truncated(OSError):
+    """Descriptors were lost on the way to us."""
 
 
 class _Header(NamedTuple):
@@ -340,14 +350,20 @@ def _record(header: _Header, text: bytes, descriptors: tuple[int, ...]) -> Recor
 
 
 def _receive(end: socket.socket) -> tuple[_Header, bytes, tuple[int, ...]]:
-    """Return header, text and descriptors of the next message; ConnectionError if none can come."""
-    data, rights, _, _ = end.recvmsg(
+    """Return header, text and descriptors of the next message; ConnectionError if none can come.
+
+    _Truncated if we had no room for all its descriptors.
+    """
+    data, rights, flags, _ = end.recvmsg(
         _MESSAGE_MAX, socket.CMSG_SPACE(4 * _DESCRIPTORS_MAX), socket.MSG_CMSG_CLOEXEC
     )
     descriptors: tuple[int, ...] = ()
     for level, kind, content in rights:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors = struct.unpack(f"={len(content) // 4}i", content)
+    if flags & socket.MSG_CTRUNC:
+        _close(descriptors)
+        raise _Truncated(errno.EMFILE, os.strerror(errno.EMFILE))
     if len(data) < _HEADER.size:
         _close(descriptors)
         raise _ended()

@@ -260,6 +260,12 @@ static int make(struct message *message)
 
 // Messages
 
+static void close_all(const struct message *message)
+{
+	for (int i = 0; i < message->count; i++)
+		close(message->descriptors[i]);
+}
+
 // Returns whether there is one; if not, nobody holds the other end any more.
 static bool receive(struct message *message)
 {
@@ -283,6 +289,10 @@ static bool receive(struct message *message)
 	if (cmsg != NULL && cmsg->cmsg_level == SOL_SOCKET && cmsg->cmsg_type == SCM_RIGHTS) {
 		message->count = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
 		memcpy(message->descriptors, CMSG_DATA(cmsg), message->count * sizeof(int));
+	}
+	if (msg.msg_flags & MSG_CTRUNC) { // we have no room for more: half of a record is of no use
+		close_all(message);
+		message->count = 0;
 	}
 	return true;
 }
@@ -311,15 +321,9 @@ static int reply(const struct header *header, const char *text, size_t length, c
 	return 0;
 }
 
-static void close_all(const struct message *message)
-{
-	for (int i = 0; i < message->count; i++)
-		close(message->descriptors[i]);
-}
-
 static void hold(const struct message *message)
 {
-	if (keep(message) != 0)
+	if (message->count == 0 || keep(message) != 0)
 		close_all(message);
 }
 
