@@ -1,7 +1,7 @@
 """Linux system calls and kernel file formats that the standard library lacks.
 
-Owns: inotify, the birth time from statx, the lines of /proc/self/mountinfo, unshare and setns,
-what a socket knows of its peer. Every function raises OSError with the kernel's errno; nothing here
+Owns: inotify, the birth time from statx, the lines of /proc/self/mountinfo, unshare, setns
+and mount, what a socket knows of its peer. Every function raises OSError with the kernel's errno; nothing here
 decides what an error means. Constants carry the name
 of the header that they come from.
 """
@@ -29,6 +29,13 @@ IN_ISDIR: Final = 0x40000000
 _AT_SYMLINK_NOFOLLOW: Final = 0x100
 _STATX_BTIME: Final = 0x800
 
+# <sys/mount.h>
+MS_NOSUID: Final = 0x2
+MS_NODEV: Final = 0x4
+MS_NOEXEC: Final = 0x8
+MS_REC: Final = 0x4000
+MS_SLAVE: Final = 0x80000
+
 # <asm-generic/socket.h>
 _SO_PEERGROUPS: Final = 59
 _SO_PEERPIDFD: Final = 77
@@ -49,6 +56,13 @@ _libc.statx.argtypes = (
 )
 _libc.unshare.argtypes = (ctypes.c_int,)
 _libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
+_libc.mount.argtypes = (
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_ulong,
+    ctypes.c_char_p,
+)
 _libc.capget.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
 
 # Bound once: looking a function up in the library again costs more than some of the calls do.
@@ -187,6 +201,12 @@ def setns(fd: int, kind: int) -> None:
     """Move this thread into the namespace FD, which must be of KIND, a CLONE_NEW* (setns(2))."""
     if _libc.setns(fd, kind) < 0:
         raise _error("setns")
+
+
+def mount(source: bytes, target: bytes, fstype: bytes | None, flags: int) -> None:
+    """Mount a file system, or change how changes of a mount propagate (mount(2))."""
+    if _libc.mount(source, target, fstype, flags, None) < 0:
+        raise _error("mount", target)
 
 
 def effective_capabilities(pid: int) -> int:

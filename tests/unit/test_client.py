@@ -291,11 +291,11 @@ def test_silence_is_a_timeout_where_every_accessory_answers() -> None:
 
 def test_silence_is_unsupported_where_the_suite_passes_over() -> None:
     with fake(*[[Answer(None)]] * 3) as server, Accessory(server.address, SHORT) as accessory:
-        with pytest.raises(Unsupported, match=r"passed over list; .* C\+\+ suite"):
+        with pytest.raises(Unsupported, match=r"no answer to list .* C\+\+ suite"):
             accessory.list()
-        with pytest.raises(Unsupported, match="passed over status"):
+        with pytest.raises(Unsupported, match="answer to status"):
             accessory.status()
-        with pytest.raises(Unsupported, match="passed over net, uts"):
+        with pytest.raises(Unsupported, match="answer to net, uts"):
             accessory.namespaces("alice", net=True, uts=True, lease=False)
 
 
@@ -333,8 +333,9 @@ def test_the_status_is_by_name() -> None:
 
 def test_that_nobody_listens_is_told_at_once_with_the_address() -> None:
     for address in ("@cm4all-spawn-nobody", "/nowhere/socket", "/" + "x" * 200):
-        with Accessory(address) as accessory, pytest.raises(Unavailable, match=address):
-            accessory.status()
+        conversation = Dialogue(address, 10).status()
+        with pytest.raises(Unavailable, match=f"nobody listens at {address}: "):
+            next(conversation)  # without any wait
 
 
 def test_a_connection_that_ended_meanwhile_is_made_anew() -> None:
@@ -360,57 +361,103 @@ def test_an_accessory_that_never_answers_is_given_up() -> None:
     assert 1 < len(server.requests) < 9
 
 
-def test_what_is_said_before_a_connection_is_closed_is_heard() -> None:
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """A socket that listens, for a test that plays the accessory step by step."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        name = os.urandom(8).hex()
-        listener.bind(f"\0{name}")
-        listener.listen()
-        dialogue = Dialogue(f"@{name}", 10)
-        conversation = dialogue.namespaces(ALL)
-        assert next(conversation).events == select.POLLIN
-        connection, _ = listener.accept()
-        connection.send(datagram((0, b"too many connections")))
-        connection.close()  # with our request unread: that is a reset
-        with pytest.raises(Refused, match="too many connections"):
-            next(conversation)
-        dialogue.close()
+        listener.settimeout(10)
+        listener.bind(f"\0{os.urandom(8).hex()}")
+        listener.listen(0)
+        yield listener
 
 
-def test_what_was_said_unasked_is_not_taken_for_an_answer() -> None:
-    unasked = datagram((0, b"you are late"))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        name = os.urandom(8).hex()
-        listener.bind(f"\0{name}")
-        listener.listen()
-        dialogue = Dialogue(f"@{name}", 10)
-        conversation = dialogue.status()
+@pytest.fixture
+def dialogue(listener: socket.socket) -> Iterator[Dialogue]:
+    """What a test leads conversations with."""
+    dialogue = Dialogue("@" + listener.getsockname()[1:].decode(), 10)
+    yield dialogue
+    dialogue.close()
+
+
+def asked(dialogue: Dialogue, listener: socket.socket) -> socket.socket:
+    """Have the status asked for and answered; return the connection over which that was done."""
+    conversation = dialogue.status()
+    assert next(conversation).events == select.POLLIN
+    connection, _ = listener.accept()
+    assert connection.recv(100) == datagram((0x8007, b""))
+    connection.send(datagram((0x8003, b"a=1")))
+    with pytest.raises(StopIteration):
         next(conversation)
-        with listener.accept()[0] as first:
-            first.send(datagram((0x8003, b"a=1")))
-            with pytest.raises(StopIteration):
-                next(conversation)
-            first.send(unasked)
-            conversation = dialogue.status()
+    return connection
+
+
+def test_what_is_said_before_a_connection_is_closed_is_heard(
+    listener: socket.socket, dialogue: Dialogue
+) -> None:
+    conversation = dialogue.namespaces(ALL)
+    assert next(conversation).events == select.POLLIN
+    connection, _ = listener.accept()
+    connection.send(datagram((0, b"too many connections")))
+    connection.close()  # with our request unread: that is a reset
+    with pytest.raises(Refused, match="too many connections"):
+        next(conversation)
+
+
+def test_what_was_said_unasked_is_not_taken_for_an_answer(
+    listener: socket.socket, dialogue: Dialogue
+) -> None:
+    with asked(dialogue, listener) as first:
+        first.send(datagram((0, b"you are late")))
+        asked(dialogue, listener).close()
+
+
+def test_an_abandoned_request_leaves_no_connection_behind(
+    listener: socket.socket, dialogue: Dialogue
+) -> None:
+    conversation = dialogue.status()
+    next(conversation)
+    with listener.accept()[0]:
+        conversation.close()
+        asked(dialogue, listener).close()
+
+
+def test_a_connection_with_a_malformed_answer_is_not_used_again(
+    listener: socket.socket, dialogue: Dialogue
+) -> None:
+    conversation = dialogue.status()
+    next(conversation)
+    with listener.accept()[0] as connection:
+        connection.send(b"rubbish")
+        with pytest.raises(ProtocolError):
+            next(conversation)
+        asked(dialogue, listener).close()
+
+
+def test_a_forked_process_has_a_connection_of_its_own(
+    listener: socket.socket, dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with asked(dialogue, listener):
+        monkeypatch.setattr("os.getpid", lambda: 1)
+        asked(dialogue, listener).close()
+
+
+def test_a_full_queue_is_waited_for(listener: socket.socket, dialogue: Dialogue) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.connect(listener.getsockname())
+        conversation = dialogue.status()
+        assert next(conversation).socket is None
+        assert next(conversation).socket is None
+        with listener.accept()[0]:
             assert next(conversation).events == select.POLLIN
-            with listener.accept()[0] as second:
-                assert second.recv(100) == datagram((0x8007, b""))
         conversation.close()
 
 
-def test_a_full_queue_is_waited_for() -> None:
-    with ExitStack() as exits:
-        listener = exits.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-        name = os.urandom(8).hex()
-        listener.bind(f"\0{name}")
-        listener.listen(0)
-        with exits.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as other:
-            other.connect(f"\0{name}")
-            conversation = Dialogue(f"@{name}", 10).namespaces(ALL)
-            exits.callback(conversation.close)
-            assert next(conversation).socket is None
-            assert next(conversation).socket is None
-            exits.enter_context(listener.accept()[0])
-            assert next(conversation).events == select.POLLIN
+def test_a_queue_that_stays_full_is_told(listener: socket.socket) -> None:
+    address = "@" + listener.getsockname()[1:].decode()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.connect(listener.getsockname())
+        with pytest.raises(Unavailable, match=f"{address} accepts no connection"):
+            Accessory(address, SHORT).list()
 
 
 def test_threads_take_turns() -> None:

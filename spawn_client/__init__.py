@@ -1,0 +1,1 @@
+"""For those who ask: a client of the accessory, as a library and as a command."""
