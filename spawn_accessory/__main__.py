@@ -11,8 +11,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -106,16 +107,17 @@ def _check(arguments: argparse.Namespace) -> None:
 async def _serve(arguments: argparse.Namespace) -> None:
     """Run the daemon until it is told to stop."""
     began = time.monotonic()
-    passed = sockets.passed_sockets()
+    listeners, keepers = _passed()
     settings = _settings(arguments)
     _raise_limit()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a keeper ended
     loop = asyncio.get_running_loop()
     with ExitStack() as exits:
-        listeners = _listeners(arguments, passed, exits)
+        own = [] if listeners else _listen(arguments.listen or [DEFAULT_ADDRESS], exits)
+        listeners += own
         watch = Watch()
         exits.callback(watch.close)
-        keeper = _keeper(sockets.address_of(listeners[0]), watch, passed)
+        keeper = _keeper(sockets.address_of(listeners[0]), watch, keepers)
         exits.callback(keeper.close)
         registry = Registry(settings, keeper, watch, loop)
         exits.callback(registry.close)
@@ -142,6 +144,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
         exits.callback(service.close)
         server = Server(listeners, registry, settings, watch, describe)
         exits.callback(server.close)
+        if own:
+            exits.callback(server.accept)
         loop.add_reader(watch, watch.run)
         exits.callback(loop.remove_reader, watch)
         freeze_memory()
@@ -156,16 +160,25 @@ def _raise_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _listeners(
-    arguments: argparse.Namespace,
-    passed: list[tuple[str, socket.socket]],
-    exits: ExitStack,
-) -> list[socket.socket]:
-    """Return what to accept connections from."""
-    listeners = [one for name, one in passed if name != _KEEPER and sockets.is_listening(one)]
-    for address in () if listeners else arguments.listen or [DEFAULT_ADDRESS]:
+def _passed() -> tuple[list[socket.socket], list[socket.socket]]:
+    """Return the sockets to listen on that the service manager passed, and those to keepers."""
+    listeners, keepers = [], []
+    for name, passed in sockets.passed_sockets():
+        if sockets.is_listening(passed):
+            listeners.append(passed)
+        elif name == _KEEPER:
+            keepers.append(passed)
+        else:
+            passed.close()
+    return listeners, keepers
+
+
+def _listen(addresses: Iterable[str], exits: ExitStack) -> list[socket.socket]:
+    """Return sockets that listen at ADDRESSES until EXITS."""
+    listeners = []
+    for address in addresses:
         try:
-            listener = sockets.listen(address)
+            listener = exits.enter_context(sockets.listen(address))
         except sockets.InUse as error:
             raise Unusable(str(error)) from None
         except OSError as error:
@@ -173,8 +186,6 @@ def _listeners(
         listeners.append(listener)
         if address.startswith("/"):
             exits.callback(_unlink, address)
-    for listener in listeners:
-        exits.callback(listener.close)
     return listeners
 
 
@@ -183,14 +194,14 @@ def _unlink(path: str) -> None:
         os.unlink(path)
 
 
-def _keeper(address: str, watch: Watch, passed: list[tuple[str, socket.socket]]) -> Keeper:
-    olds = [one for name, one in passed if name == _KEEPER and not sockets.is_listening(one)]
+def _keeper(address: str, watch: Watch, olds: list[socket.socket]) -> Keeper:
     try:
-        return Keeper(address, watch, lambda fd: sockets.store(_KEEPER, fd), olds)
+        return Keeper(address, watch, partial(sockets.store, _KEEPER), olds)
     except Missing as error:
         raise Unusable(str(error)) from None
     except OSError as error:
-        raise Unusable(f"cannot start the keeper: {error.strerror}") from None
+        what = "take over" if olds else "start"
+        raise Unusable(f"cannot {what} the keeper: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -104,6 +104,11 @@ class Server:
         """How many clients are connected."""
         return len(self._connections)
 
+    def accept(self) -> None:
+        """Take in who has connected until now: they would be lost if their listener was closed."""
+        for listener in self._listeners:
+            self._accept(listener)
+
     def close(self) -> None:
         """Answer what has been asked, and close all connections."""
         for listener in self._listeners:
@@ -198,14 +203,15 @@ class Server:
         except BlockingIOError:
             return False
         except OSError:
-            datagram, flags = b"", 0
-        if not datagram:
             self._drop(connection)
             return False
         if flags & _TRUNCATED:
             self._reject(connection, "descriptors are not taken")
-        else:
+        elif datagram or not _is_over(connection.socket):
             self._handle(connection, datagram)
+        else:
+            self._drop(connection)
+            return False
         return True
 
     def _handle(self, connection: _Connection, datagram: bytes) -> None:
@@ -281,6 +287,13 @@ class Server:
                 self._complaints.clear()
             self._complaints[uid] = now
             _log.warning("refused to a process of user %d: %s", uid, reason)
+
+
+def _is_over(end: socket.socket) -> bool:
+    """Whether the peer sends no more; else what reads like the end was an empty datagram."""
+    poll = select.poll()
+    poll.register(end, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _reason(error: Exception) -> str:

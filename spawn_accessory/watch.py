@@ -41,10 +41,9 @@ class Watch:
         self._requests[fd] = callback
 
     def remove(self, fd: int) -> None:
-        """Forget FD, which is about to be closed."""
-        self._epoll.unregister(fd)
-        self._events.pop(fd, None)
-        self._requests.pop(fd, None)
+        """Forget FD, if it is known: it is about to be closed."""
+        if self._events.pop(fd, None) or self._requests.pop(fd, None):
+            self._epoll.unregister(fd)
 
     def look(self) -> None:
         """Call the functions of all events that have happened, but of no request."""
