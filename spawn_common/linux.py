@@ -1,8 +1,8 @@
 """Linux system calls and kernel file formats that the standard library lacks.
 
-Owns: inotify, the birth time from statx, the lines of /proc/self/mountinfo, unshare, setns and
-mount, what a socket knows of its peer. Every function raises OSError with the kernel's errno; nothing
-here decides what an error means. Constants carry the name of the header that they come from.
+Owns: inotify, the birth time from statx, the lines of /proc/self/mountinfo, unshare, setns, mount,
+what a socket knows of its peer. Every function raises OSError with the kernel's errno; nothing here
+decides what an error means. Constants carry the name of the header that they come from.
 """
 
 from __future__ import annotations
