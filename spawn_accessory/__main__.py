@@ -182,7 +182,7 @@ def _listen(addresses: Iterable[str], exits: ExitStack) -> list[socket.socket]:
         except sockets.InUse as error:
             raise Unusable(str(error)) from None
         except OSError as error:
-            raise Unusable(f"cannot listen at {address}: {error.strerror}") from None
+            raise Unusable(f"cannot listen at {address}: {error.strerror or error}") from None
         listeners.append(listener)
         if address.startswith("/"):
             exits.callback(_unlink, address)

@@ -23,18 +23,25 @@ class Expiry:
     """
 
     def __init__(self, seconds: float, clock: Clock, end: Callable[[bytes], None]) -> None:
-        self.seconds = seconds
+        self._seconds = seconds
         self._clock = clock
         self._end = end
         self._started: dict[bytes, float] = {}
         self._timer: Any = None
+
+    def use(self, seconds: float) -> None:
+        """Count this long from now on, also for those that are counted already."""
+        self._seconds = seconds
+        if self._timer is not None:
+            self._timer.cancel()
+            self._expire()
 
     def start(self, name: bytes) -> None:
         """Begin to count for NAME, again if it was counted already."""
         self._started.pop(name, None)
         self._started[name] = self._clock.time()
         if self._timer is None:
-            self._timer = self._clock.call_later(self.seconds, self._expire)
+            self._timer = self._clock.call_later(self._seconds, self._expire)
 
     def stop(self, name: bytes) -> None:
         """Let NAME live."""
@@ -51,7 +58,7 @@ class Expiry:
         now = self._clock.time()
         while self._started:
             name, started = next(iter(self._started.items()))
-            if (left := started + self.seconds - now) > 0:
+            if (left := started + self._seconds - now) > 0:
                 self._timer = self._clock.call_later(left, self._expire)
                 return
             del self._started[name]

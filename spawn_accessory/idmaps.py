@@ -9,6 +9,7 @@ its side.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
@@ -46,6 +47,18 @@ def parse_map(text: bytes) -> tuple[Extent, ...]:
     extents = tuple(_parse_line(number, line) for number, line in enumerate(lines, 1))
     _check_overlap("inside", [(extent.inside, extent.count) for extent in extents])
     _check_overlap("outside", [(extent.outside, extent.count) for extent in extents])
+    return extents
+
+
+@lru_cache(64)  # a spawner's customers mostly have the same
+def parse_maps(uid_map: bytes, gid_map: bytes) -> tuple[Extent, ...]:
+    """Return the lines of both maps; BadMap also says which of them cannot be used."""
+    extents: tuple[Extent, ...] = ()
+    for which, text in (("uid_map", uid_map), ("gid_map", gid_map)):
+        try:
+            extents += parse_map(text)
+        except BadMap as error:
+            raise BadMap(f"{which}: {error}") from None
     return extents
 
 

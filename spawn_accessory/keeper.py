@@ -37,10 +37,13 @@ _HOLD: Final = 1
 _MAKE: Final = 2
 _DROP: Final = 3
 _ALL: Final = 4
+_READ: Final = 5
 _HEADER: Final = struct.Struct("=IIIiQ")  # operation, kind, slot, errno, since
 _MESSAGE_MAX: Final = 8192
 _DESCRIPTORS_MAX: Final = 2
 _TIMEOUT: Final = struct.pack("@ll", 10, 0)
+_SENDING: Final = int(socket.MSG_NOSIGNAL)
+_UNREAD_MAX: Final = 64  # records in the queue: it has room for some hundred
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -91,9 +94,11 @@ class Keeper:
         self._free: list[int] = []
         self._ordered: list[Record] = []
         self._socket: socket.socket | None = None
+        self._queue: socket.socket | None = None
+        self._unread = 0
         for old in olds:
-            if self._socket is None and self._take_over(old):
-                self._use(old)
+            if self._socket is None:
+                self._try_to_take_over(old)
             else:
                 old.close()
         if self._socket is None:
@@ -112,7 +117,7 @@ class Keeper:
         record = msgspec.structs.replace(self._new(kind, name, maps), descriptors=descriptors)
         self._records[record.slot] = record
         try:
-            self._send(_HOLD, record)
+            self._enqueue(record)
         except OSError:
             del self._records[record.slot]
             self._free.append(record.slot)
@@ -162,7 +167,7 @@ class Keeper:
 
     def close(self) -> None:
         """Close our descriptors. The keeper goes on if somebody else holds its socket."""
-        self._forget_socket()
+        self._forget_sockets()
         for record in self._records.values():
             _close(record.descriptors)
         self._records.clear()
@@ -184,13 +189,34 @@ class Keeper:
         if self._socket is None:
             raise _ended()
         parts = [record.header(operation)]
-        if operation != _DROP:
+        if operation == _MAKE:
             parts.append(record.text())
-        rights = []
-        if operation == _HOLD:
-            fds = struct.pack(f"={len(record.descriptors)}i", *record.descriptors)
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
-        self._socket.sendmsg(parts, rights, socket.MSG_NOSIGNAL)
+        self._socket.sendmsg(parts, (), _SENDING)
+        self._unread = 0
+
+    def _enqueue(self, record: Record) -> None:
+        """Put a record into the queue; nobody is woken up for it, unless that gets long."""
+        try:
+            self._try_to_enqueue(record)
+        except ConnectionError:
+            self._replace()
+
+    def _try_to_enqueue(self, record: Record) -> None:
+        if self._queue is None:
+            raise _ended()
+        fds = struct.pack(f"={len(record.descriptors)}i", *record.descriptors)
+        rights = ((socket.SOL_SOCKET, socket.SCM_RIGHTS, fds),)
+        self._queue.sendmsg((record.header(_HOLD), record.text()), rights, _SENDING)
+        self._unread += 1
+        if self._unread > _UNREAD_MAX:
+            self._try_to_read()
+
+    def _try_to_read(self) -> None:
+        """Let the keeper read the queue."""
+        if self._socket is None:
+            raise _ended()
+        self._socket.sendmsg((_HEADER.pack(_READ, 0, 0, 0, 0),), (), _SENDING)
+        self._unread = 0
 
     def _answer(self, ordered: Record) -> tuple[int, tuple[int, ...]]:
         """Return errno and descriptors of what was ordered."""
@@ -209,6 +235,8 @@ class Keeper:
                 return errno.EMFILE, ()
             except ConnectionError:
                 self._replace()
+        with suppress(OSError):
+            self._try_to_send(_DROP, ordered)  # it was ordered again, and nobody waits for it
         return errno.ECONNRESET, ()
 
     def _receive(self) -> tuple[_Header, bytes, tuple[int, ...]]:
@@ -241,21 +269,21 @@ class Keeper:
         finally:
             its.close()
             os.close(null)
-        self._use(ours)
+        if not self._try_to_take_over(ours):
+            raise _ended()
         try:
             self._store(ours.fileno())
         except OSError as error:
             _log.error("the service manager does not keep what a restart needs: %s", error.strerror)
 
-    def _use(self, end: socket.socket) -> None:
-        self._socket = _prepared(end)
-        self._watch.add_event(end.fileno(), select.EPOLLIN, self._readable)
-
-    def _forget_socket(self) -> None:
+    def _forget_sockets(self) -> None:
         if self._socket is not None:
             self._watch.remove(self._socket.fileno())
             self._socket.close()
             self._socket = None
+        if self._queue is not None:
+            self._queue.close()
+            self._queue = None
 
     def _readable(self) -> None:
         """Replace the keeper if it has died."""
@@ -273,10 +301,11 @@ class Keeper:
     def _replace(self) -> None:
         """Start another keeper, and tell it of everything."""
         _log.warning("the keeper has died; starting another")
-        self._forget_socket()
+        self._forget_sockets()
         self._start()
         for record in self._records.values():
-            self._try_to_send(_HOLD, record)
+            self._try_to_enqueue(record)
+        self._try_to_read()
         self._end_strays()
         for record in self._ordered:
             self._try_to_send(_MAKE, record)
@@ -289,32 +318,44 @@ class Keeper:
         }
         end_strays(self._init, self._address, known)
 
-    def _take_over(self, old: socket.socket) -> bool:
-        """Get everything back from a keeper; False if it has died.
+    def _try_to_take_over(self, end: socket.socket) -> bool:
+        """Use the keeper at END, unless it has died; get everything back that it has.
 
         Any other OSError means that it has what we cannot take now, and that shall not be lost.
         """
-        nonce = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         try:
-            _prepared(old).sendmsg([_HEADER.pack(_ALL, 0, 0, 0, nonce)])
-            while True:
-                header, text, descriptors = _receive(old)
-                if header.operation == _ALL and header.since == nonce:
-                    break
-                # Else it is what was sent to a daemon that has died meanwhile.
-                if header.operation == _HOLD and descriptors and header.slot not in self._records:
-                    self._records[header.slot] = _record(header, text, descriptors)
-                else:
-                    _close(descriptors)
+            records, queue = _take_over(end)
         except ConnectionError:
-            for record in self._records.values():
-                _close(record.descriptors)
-            self._records.clear()
+            end.close()
             return False
-        self._free = [
-            slot for slot in range(max(self._records, default=0)) if slot not in self._records
-        ]
+        if records:
+            self._records = records
+            self._free = [slot for slot in range(max(records)) if slot not in records]
+        self._socket, self._queue = end, queue
+        self._unread = 0
+        self._watch.add_event(end.fileno(), select.EPOLLIN, self._readable)
         return True
+
+
+def _take_over(end: socket.socket) -> tuple[dict[int, Record], socket.socket]:
+    """Return what the keeper at END has, and the end of its queue."""
+    nonce = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    records: dict[int, Record] = {}
+    try:
+        _prepared(end).sendmsg([_HEADER.pack(_ALL, 0, 0, 0, nonce)], (), _SENDING)
+        while True:
+            header, text, descriptors = _receive(end)
+            if header.operation == _ALL and header.since == nonce:
+                return records, _prepared(socket.socket(fileno=descriptors[0]))
+            # Else it is what was sent to a daemon that has died meanwhile.
+            if header.operation == _HOLD and descriptors and header.slot not in records:
+                records[header.slot] = _record(header, text, descriptors)
+            else:
+                _close(descriptors)
+    except OSError:
+        for record in records.values():
+            _close(record.descriptors)
+        raise
 
 
 class _Truncated(OSError):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from spawn_accessory.idmaps import parse_map
-from spawn_accessory.protocol import Request
+from spawn_accessory.idmaps import parse_maps
+from spawn_accessory.protocol import Maps, Request
 from spawn_accessory.settings import Allow, Settings, group_id, user_id
 from spawn_common import linux
 
@@ -45,12 +45,12 @@ class Access(msgspec.Struct, frozen=True):
         if request.name is not None and not self.may_use(request.name):
             raise Refused("you may not use this name")
         maps = request.maps
-        if maps is not None and (_maps_zero(maps.uid) or _maps_zero(maps.gid)):
+        if maps is not None and _maps_zero(maps):
             raise Refused("only root may map the host's user or group 0")
 
 
-def _maps_zero(text: bytes) -> bool:
-    return any(extent.contains_outside(0) for extent in parse_map(text))
+def _maps_zero(maps: Maps) -> bool:
+    return any(extent.contains_outside(0) for extent in parse_maps(maps.uid, maps.gid))
 
 
 class _Rule(msgspec.Struct, frozen=True):

@@ -72,6 +72,8 @@ class Namespace(IntEnum):
 
 
 _COMMANDS: Final = {kind: Command[f"{kind.name}_NAMESPACE"] for kind in Namespace}
+_KNOWN: Final = {int(command): command for command in Command}
+_PLAIN: Final = bytes(range(0x20, 0x80))
 
 
 class Malformed(Exception):
@@ -151,7 +153,7 @@ def unpack_datagram(datagram: bytes) -> Iterator[tuple[int, bytes]]:
     if len(datagram) < _HEADER.size:
         raise Malformed(f"{len(datagram)} bytes are too short for a datagram")
     if len(datagram) > DATAGRAM_MAX:
-        raise Malformed(f"{len(datagram)} bytes are too long for a datagram")
+        raise Malformed(f"a datagram has at most {DATAGRAM_MAX} bytes")
     magic, crc = _HEADER.unpack_from(datagram)
     if magic != MAGIC:
         raise Malformed(f"wrong magic number 0x{magic:08x}")
@@ -197,9 +199,8 @@ def unpack_request(datagram: bytes) -> Request:
     """Return the request in a datagram; commands that are not known are those of newer clients."""
     payloads: dict[Command, bytes] = {}
     for number, payload in unpack_datagram(datagram):
-        try:
-            command = Command(number)
-        except ValueError:
+        command = _KNOWN.get(number)
+        if command is None:
             continue
         if command in payloads and command is not Command.NOP:
             raise Malformed(f"{command.name} is there twice")
@@ -209,7 +210,7 @@ def unpack_request(datagram: bytes) -> Request:
     user = payloads.get(Command.USER_NAMESPACE)
     return Request(
         name=_checked_name(payloads.get(Command.NAME)),
-        namespaces=tuple(kind for kind in Namespace if _COMMANDS[kind] in payloads),
+        namespaces=tuple(kind for kind, command in _COMMANDS.items() if command in payloads),
         maps=None if user is None else _maps(user),
         lease=Command.LEASE_PIPE in payloads,
         list_after=payloads.get(Command.LIST),
@@ -221,11 +222,13 @@ _WITH_PAYLOAD: Final = frozenset((Command.NOP, Command.NAME, Command.USER_NAMESP
 
 
 def _checked_name(name: bytes | None) -> bytes | None:
-    if name is not None and not name:
+    if name is None:
+        return None
+    if not name:
         raise Malformed("NAME is empty")
-    if name is not None and len(name) > NAME_MAX:
+    if len(name) > NAME_MAX:
         raise Malformed(f"NAME is longer than {NAME_MAX} bytes")
-    if name is not None and not all(0x20 <= byte <= 0x7F for byte in name):
+    if name.translate(None, _PLAIN):
         raise Malformed("NAME has characters that are not plain ASCII")
     return name
 

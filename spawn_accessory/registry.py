@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 from spawn_accessory.expiry import Clock, Expiry
-from spawn_accessory.idmaps import BadMap, parse_map
+from spawn_accessory.idmaps import parse_maps
 from spawn_accessory.keeper import Keeper, Record
 from spawn_accessory.namespaces import Maker
 from spawn_accessory.policy import Refused
@@ -83,7 +83,7 @@ class Registry:
     def use(self, settings: Settings) -> None:
         """Follow other settings from now on."""
         self._limits = settings.limits
-        self._expiry.seconds = settings.expiry
+        self._expiry.use(settings.expiry)
 
     def obtain(self, request: Request) -> tuple[bytes, int]:
         """Return the descriptors for a request, made where they are missing.
@@ -154,7 +154,7 @@ class Registry:
         if self._namespaces + len(kinds) > self._limits.namespaces:
             raise Refused(f"there are {self._namespaces} namespaces already (limits.namespaces)")
         if Namespace.USER in kinds and maps is not None:
-            check_maps(maps)
+            parse_maps(maps.uid, maps.gid)
         made: list[Record] = []
         ordered: list[Record] = []
         problem: OSError | None = None
@@ -251,15 +251,6 @@ class Registry:
 def _rights(entry: _Entry, request: Request) -> bytes:
     found = (entry.find(kind, request.maps) for kind in request.namespaces)
     return array.array("i", [record.descriptors[0] for record in found if record]).tobytes()
-
-
-def check_maps(maps: Maps) -> None:
-    """Raise BadMap if the kernel would refuse one of the maps."""
-    for which, text in (("uid_map", maps.uid), ("gid_map", maps.gid)):
-        try:
-            parse_map(text)
-        except BadMap as error:
-            raise BadMap(f"{which}: {error}") from None
 
 
 def _is_ready(fd: int, event: int) -> bool:

@@ -58,13 +58,12 @@ def _granted(namespaces: tuple[Namespace, ...], lease: bool) -> bytes:
 class _Connection:
     """One client; ``access`` is None for one who may ask for nothing."""
 
-    __slots__ = ("access", "socket", "timer", "uid", "unanswered")
+    __slots__ = ("access", "socket", "timer", "uid")
 
     def __init__(self, end: socket.socket, uid: int, access: Access | None) -> None:
         self.socket = end
         self.uid = uid
         self.access = access
-        self.unanswered = b""  # the request whose answer does not fit into the queue
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -114,11 +113,14 @@ class Server:
         for listener in self._listeners:
             self._watch.remove(listener.fileno())
         for connection in tuple(self._connections):
+            with suppress(OSError):  # who has sent something gets an answer, and nobody sends more
+                connection.socket.shutdown(socket.SHUT_RD)
             for _ in range(_LAST_REQUESTS):
                 if connection.timer is not None or not self._serve(connection):
                     break
             self._drop(connection)
-        os.close(self._spare)
+        if self._spare >= 0:
+            os.close(self._spare)
 
     # Connections
 
@@ -144,10 +146,11 @@ class Server:
 
     def _turn_away(self, listener: socket.socket, problem: OSError) -> None:
         """Tell a client that we have no descriptor for it, with the help of one set aside."""
-        os.close(self._spare)
+        if self._spare >= 0:
+            os.close(self._spare)
         try:
             with suppress(OSError), listener.accept()[0] as end:
-                _say(end, f"no connection: {problem.strerror}")
+                _dismiss(end, f"no connection: {problem.strerror}")
         finally:
             try:
                 self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -167,7 +170,7 @@ class Server:
             self._strangers[connection] = None
         elif len(self._connections) - len(self._strangers) >= self._limits.connections:
             self._complain(connection.uid, "too many connections (limits.connections)")
-            _say(end, "there are too many connections (limits.connections)")
+            _dismiss(end, "there are too many connections (limits.connections)")
             end.close()
             return
         self._connections[connection] = None
@@ -184,15 +187,13 @@ class Server:
 
     def _reject(self, connection: _Connection, reason: str) -> None:
         """Tell the client what is wrong with it, and drop it."""
-        end = connection.socket
         self._complain(connection.uid, reason)
-        with suppress(OSError):
-            _say(end, reason)
-            # Requests that are left unread would take the answer from the client (ECONNRESET).
-            end.shutdown(socket.SHUT_RD)
-            while end.recv(DATAGRAM_MAX):
-                pass
-        self._drop(connection)
+        try:
+            _dismiss(connection.socket, reason)
+        except BlockingIOError:
+            self._pause(connection, partial(self._reject, connection, reason))
+        else:
+            self._drop(connection)
 
     # Requests
 
@@ -222,9 +223,11 @@ class Server:
         except Malformed as error:
             self._reject(connection, f"malformed request: {error}")
         except BlockingIOError:
-            self._pause(connection, datagram)
+            self._pause(connection, partial(self._handle, connection, datagram))
         except ConnectionError:
             self._drop(connection)  # it has gone meanwhile
+        except OSError as error:
+            self._reject(connection, _reason(error))  # as with too many descriptors under way
 
     def _answer(self, connection: _Connection, request: Request) -> None:
         """Send the answer; BlockingIOError if there is no room for it."""
@@ -256,22 +259,21 @@ class Server:
 
     # Clients that do not read
 
-    def _pause(self, connection: _Connection, datagram: bytes) -> None:
-        """Take no more requests until the answer to DATAGRAM can be sent."""
-        connection.unanswered = datagram
+    def _pause(self, connection: _Connection, again: Callable[[], None]) -> None:
+        """Take no more requests, and call AGAIN as soon as an answer can be sent."""
         fd = connection.socket.fileno()
         self._watch.remove(fd)
-        self._watch.add_request(fd, select.EPOLLOUT, partial(self._writable, connection))
+        self._watch.add_request(fd, select.EPOLLOUT, partial(self._writable, connection, again))
         connection.timer = self._loop.call_later(_UNREAD_SECONDS, self._tired, connection)
 
-    def _writable(self, connection: _Connection) -> None:
+    def _writable(self, connection: _Connection, again: Callable[[], None]) -> None:
         if connection.timer is not None:
             connection.timer.cancel()
             connection.timer = None
         fd = connection.socket.fileno()
         self._watch.remove(fd)
         self._watch.add_request(fd, select.EPOLLIN, partial(self._serve, connection))
-        self._handle(connection, connection.unanswered)
+        again()
 
     def _tired(self, connection: _Connection) -> None:
         self._complain(connection.uid, "it does not read its answers")
@@ -303,8 +305,20 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _say(end: socket.socket, reason: str) -> None:
-    _send(end, pack_response(Response(error=reason)), b"")
+def _dismiss(end: socket.socket, reason: str) -> None:
+    """Tell a client why its connection is going to be closed; BlockingIOError if there is no room.
+
+    Requests that are left unread would take the answer from it (ECONNRESET).
+    """
+    try:
+        _send(end, pack_response(Response(error=reason)), b"")
+        end.shutdown(socket.SHUT_RD)
+        while end.recv(DATAGRAM_MAX):
+            pass
+    except BlockingIOError:
+        raise
+    except OSError:
+        return  # it has gone meanwhile
 
 
 def _send(end: socket.socket, datagram: bytes, rights: bytes) -> None:

@@ -58,5 +58,5 @@ def check(settings: Settings) -> Iterator[tuple[str, str]]:
             for name in names:
                 try:
                     number(name)
-                except KeyError:
+                except (KeyError, ValueError):  # with a NUL byte in it
                     yield "allow", f"there is no {what} {name!r}"

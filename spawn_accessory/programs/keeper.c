@@ -8,6 +8,10 @@
 // A message is a header, text, and descriptors. What is kept is a record: the message's text and up to
 // two descriptors, in a slot that the daemon chose. The text of a namespace or lease is its NAME; that
 // of a user namespace goes on with NUL, uid map, NUL, gid map. See keeper.py for the other side.
+//
+// The daemon gets the sending end of a second socket, for records. They are safe as soon as they are in
+// its queue, since both ends are ours; so nobody is woken up by them, and they are read only before the
+// next message on the first socket.
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -33,7 +37,8 @@ enum operation {
 	HOLD = 1, // keep the descriptors in this message
 	MAKE = 2, // make a namespace, keep it and send it back
 	DROP = 3, // forget a record; ends the init of a PID namespace
-	ALL = 4,  // send all records as HOLD, then this message
+	ALL = 4,  // send all records as HOLD, then this message with the end of the queue
+	READ = 5, // read the queue
 };
 
 struct header {
@@ -41,7 +46,7 @@ struct header {
 	uint32_t kind; // CLONE_NEW* of a namespace, 0 for a lease
 	uint32_t slot;
 	int32_t error; // why MAKE failed (errno)
-	uint64_t since;
+	uint64_t since; // tells the records that have the same slot one after the other apart
 };
 
 enum { SOCKET = 0, TEXT_MAX = 8192, DESCRIPTORS_MAX = 2, SLOTS_MAX = 1 << 24 };
@@ -62,6 +67,7 @@ struct record {
 	int count;
 };
 
+static int queue[2]; // its receiving and its sending end
 static struct record *records;
 static size_t n_records;
 static char *init_path, *address;
@@ -267,7 +273,7 @@ static void close_all(const struct message *message)
 }
 
 // Returns whether there is one; if not, nobody holds the other end any more.
-static bool receive(struct message *message)
+static bool receive(int fd, int flags, struct message *message)
 {
 	union {
 		struct cmsghdr align;
@@ -277,7 +283,7 @@ static bool receive(struct message *message)
 	struct msghdr msg = { .msg_iov = parts, .msg_iovlen = 2, .msg_control = &control,
 			      .msg_controllen = sizeof control };
 	ssize_t size;
-	while ((size = recvmsg(SOCKET, &msg, MSG_CMSG_CLOEXEC)) < 0)
+	while ((size = recvmsg(fd, &msg, MSG_CMSG_CLOEXEC | flags)) < 0)
 		if (errno != EINTR)
 			return false;
 	if (size < (ssize_t)sizeof message->header)
@@ -348,31 +354,35 @@ static void send_all(const struct message *message)
 		if (i->text != NULL)
 			reply(&header, i->text, i->length, i->descriptors, i->count);
 	}
-	reply(&message->header, NULL, 0, NULL, 0);
+	reply(&message->header, NULL, 0, &queue[1], 1);
+}
+
+static void drop(const struct message *message)
+{
+	const size_t slot = message->header.slot;
+	if (slot < n_records && records[slot].header.since == message->header.since)
+		forget(&records[slot]);
+}
+
+static void read_queue(void)
+{
+	static struct message message;
+	while (receive(queue[0], MSG_DONTWAIT, &message))
+		hold(&message);
 }
 
 static void handle(struct message *message)
 {
 	switch (message->header.operation) {
-	case HOLD:
-		hold(message);
-		break;
 	case MAKE:
-		close_all(message);
-		message->count = 0;
 		make_and_send(message);
 		break;
 	case DROP:
-		close_all(message);
-		if (message->header.slot < n_records)
-			forget(&records[message->header.slot]);
+		drop(message);
 		break;
 	case ALL:
-		close_all(message);
 		send_all(message);
 		break;
-	default:
-		close_all(message);
 	}
 }
 
@@ -390,8 +400,15 @@ int main(int argc, char **argv)
 		limit.rlim_cur = limit.rlim_max;
 		setrlimit(RLIMIT_NOFILE, &limit);
 	}
-	while (receive(&message))
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, queue) < 0)
+		return 1;
+	while (receive(SOCKET, 0, &message)) {
+		close_all(&message); // there are none
+		message.count = 0;
+		read_queue();
 		handle(&message);
+	}
+	read_queue();
 	for (size_t i = 0; i < n_records; i++)
 		forget(&records[i]);
 	return 0;
