@@ -1,1 +1,1 @@
-"""The reaper at work on this machine's kernel: real cgroups, real processes, the real daemon."""
+"""The daemons at work on this machine's kernel: real cgroups, namespaces and processes."""

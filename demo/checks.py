@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from demo.books import Books, Released, Total
+from demo.jobs import Job
+from demo.namespaces import Where
 from demo.spawner import Made, Spawner
 
 
@@ -90,6 +93,49 @@ def cpu_complete(books: Books, counted: int) -> Check:
     )
 
 
+def namespaces_right(seen: Sequence[tuple[Job, Where]], ours: Where) -> Check:
+    """Check that jobs of one NAME met in its namespaces, and nobody else did.
+
+    SEEN has the jobs that ran in shared namespaces, and where each of them was; OURS are the
+    namespaces of the host.
+    """
+    problems = []
+    given: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for job, where in seen:
+        for kind, namespace in where.items():
+            if job.shared and kind in job.shared.kinds:
+                given[job.shared.name, kind].add(namespace)
+            elif namespace != ours[kind]:
+                problems.append(f"{job.cgroup} was not in the host's {kind} namespace")
+    for (name, kind), namespaces in given.items():
+        if len(namespaces) > 1:
+            problems.append(f"jobs of {name} were in {len(namespaces)} {kind} namespaces")
+    users = Counter(
+        namespace for namespaces in (*given.values(), ours.values()) for namespace in namespaces
+    )
+    problems += [
+        f"{namespace} was not {name}'s alone"
+        for (name, _), namespaces in given.items()
+        for namespace in namespaces
+        if users[namespace] > 1
+    ]
+    if problems:
+        return Check(False, "wrong namespaces: " + "; ".join(problems))
+    names = len({name for name, _ in given})
+    return Check(
+        names > 0,
+        f"{len(seen)} jobs shared {len(given)} namespaces under {names} names, none with another "
+        "name or the host",
+    )
+
+
+def namespaces_gone(kept: set[str]) -> Check:
+    """Check that nothing of any NAME is left after its last lease; KEPT is what is there."""
+    if kept:
+        return Check(False, "the accessory still keeps " + ", ".join(sorted(kept)))
+    return Check(True, "after the last lease the accessory kept no namespace and no init")
+
+
 def nothing_left(names: set[str]) -> Check:
     """Check that the reaper left no cgroup in the scope; NAMES are those that are there."""
     if names:
@@ -97,9 +143,14 @@ def nothing_left(names: set[str]) -> Check:
     return Check(True, "nothing was left behind")
 
 
-def ended_well(status: int) -> Check:
-    """Check the daemon's exit status."""
-    return Check(status == 0, f"the reaper ended with status {status}")
+def ended_well(reaper: int, accessory: int, processes: set[int]) -> Check:
+    """Check the daemons' exit statuses, and that no PROCESSES of the accessory outlived it."""
+    if processes:
+        return Check(False, f"{len(processes)} processes outlived the accessory")
+    return Check(
+        reaper == accessory == 0,
+        f"the reaper ended with status {reaper}, the accessory with status {accessory}",
+    )
 
 
 def _accounts(released: list[Released]) -> set[str]:

@@ -11,7 +11,7 @@ import os
 import select
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
@@ -69,10 +69,12 @@ class Sandbox:
         stdin: int = subprocess.DEVNULL,
         output: int | IO[bytes] = subprocess.DEVNULL,
         environment: Mapping[str, str] | None = None,
+        enter: Callable[[], None] | None = None,
     ) -> subprocess.Popen[bytes]:
         """Run COMMAND in the cgroup whose directory is open as CGROUP, which is closed.
 
-        On return the process is in there. CgroupGone: the cgroup is not, so there is no process.
+        On return the process is in there, and has called ENTER. CgroupGone: the cgroup is not, so
+        there is no process.
         """
         try:
             procs = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=cgroup)
@@ -80,6 +82,12 @@ class Sandbox:
             raise CgroupGone(f"no cgroup for {command[0]}: {error.strerror}") from error
         finally:
             os.close(cgroup)
+
+        def begin() -> None:
+            os.write(procs, b"0")
+            if enter is not None:
+                enter()
+
         try:
             process = subprocess.Popen(
                 command,
@@ -89,7 +97,7 @@ class Sandbox:
                 env=environment,
                 # Ctrl-C in a terminal goes to all of a group; what ends here we end ourselves.
                 start_new_session=True,
-                preexec_fn=lambda: os.write(procs, b"0"),
+                preexec_fn=begin,
             )
         except subprocess.SubprocessError as error:  # all that is known of a failed preexec_fn
             raise CgroupGone(f"the cgroup does not take {command[0]}") from error
@@ -106,6 +114,10 @@ class Sandbox:
     def names_in_scope(self) -> set[str]:
         """Return the names of the cgroups that are in the scope, the keeper's left out."""
         return {entry.name for entry in os.scandir(self.scope) if entry.is_dir()} - {KEEPER}
+
+    def processes_beside(self, name: str) -> set[int]:
+        """Return the processes in the cgroup NAME beside the scope."""
+        return {int(pid) for pid in (self.directory / name / "cgroup.procs").read_text().split()}
 
     def cpu_of_jobs(self) -> int:
         """Return the kernel's count for the scope without the keeper, in microseconds of CPU."""

@@ -27,17 +27,20 @@ class View:
     def begin_releases(self) -> None:
         """Print the heading above the releases; their times count from here."""
         self._began = time.monotonic()
-        heading = _row("time", "account", "released cgroup", "own CPU", "memory", "what it was")
+        heading = _row(
+            "time", "account", "released cgroup", "own CPU", "memory", "namespaces", "what it was"
+        )
         self._print("\n" + self._paint(heading, _BOLD))
 
-    def release(self, released: Released, scope: str, what: str) -> None:
-        """Print a release, with the name of its cgroup below SCOPE."""
+    def release(self, released: Released, scope: str, shared: str, what: str) -> None:
+        """Print a release of a cgroup below SCOPE; SHARED are namespaces that its job ran in."""
         row = _row(
             f"{time.monotonic() - self._began:.2f}s",
             released.account,
             released.path.removeprefix(scope + "/"),
             f"{released.cpu / 1e6:.3f}s",
             _mebibytes(released.memory_peak),
+            shared,
             what if released.kind == "released" else "used between record and deletion",
         )
         self._print(row if released.kind == "released" else self._paint(row, _DIM))
@@ -77,8 +80,8 @@ class View:
         print(text, flush=True)
 
 
-def _row(when: str, account: str, cgroup: str, cpu: str, memory: str, what: str) -> str:
-    return f"{when:>7} {account:<8} {cgroup:<24.24} {cpu:>8} {memory:>9}  {what}"
+def _row(*cells: str) -> str:
+    return "{:>6} {:<7} {:<22.22} {:>7} {:>9}  {:<13}  {}".format(*cells)
 
 
 def _mebibytes(size: int | None) -> str:
