@@ -8,7 +8,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from bench import absent, alive, burst, idle, insert, interrupts, release
+from bench import (
+    absent,
+    accessory,
+    accessory_clients,
+    accessory_idle,
+    accessory_names,
+    alive,
+    burst,
+    idle,
+    insert,
+    interrupts,
+    release,
+)
 from bench.figures import Figure, append, table
 from bench.plan import FULL, QUICK, Plan
 from bench.progress import progress
@@ -23,6 +35,10 @@ _BENCHMARKS: Final[dict[str, Callable[[Site, Plan], list[Figure]]]] = {
     idle.NAME: idle.measure,
     insert.NAME: insert.measure,
     absent.NAME: absent.measure,
+    accessory.NAME: accessory.measure,
+    accessory_clients.NAME: accessory_clients.measure,
+    accessory_names.NAME: accessory_names.measure,
+    accessory_idle.NAME: accessory_idle.measure,
 }
 _RESULTS: Final = BUILD / "bench.jsonl"
 
@@ -52,18 +68,18 @@ def main() -> None:
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measure the reaper on this machine's kernel. A table goes to standard "
+        description="Measure the daemons on this machine's kernel. A table goes to standard "
         f"output, and a line of JSON for each figure is added to {_RESULTS}.",
         epilog="The exit status is 0 if everything was measured, whether targets were met or not.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="fewer cgroups, to see whether everything works"
+        "--quick", action="store_true", help="less of everything, to see whether everything works"
     )
     parser.add_argument(
         "--rounds",
         metavar="N",
         type=_positive,
-        help=f"how often to repeat release, idle and insert (default: {FULL.rounds}, "
+        help=f"how often to repeat what is compared in rounds (default: {FULL.rounds}, "
         f"with --quick {QUICK.rounds})",
     )
     parser.add_argument(

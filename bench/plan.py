@@ -8,7 +8,7 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of cgroups and rounds, and seconds."""
+    """Numbers of cgroups, requests, names and rounds, and seconds."""
 
     scale: str
     rounds: int
@@ -19,6 +19,9 @@ class Plan:
     idle: float
     inserted: int  # cgroups in a round
     waiting: int  # handlers
+    asked: int  # requests of one kind in a round
+    asking: int  # seconds for which clients ask in a round
+    names: int
 
 
 FULL: Final = Plan(
@@ -31,6 +34,9 @@ FULL: Final = Plan(
     idle=10,
     inserted=5_000,
     waiting=10_000,
+    asked=500,
+    asking=3,
+    names=5_000,
 )
 QUICK: Final = Plan(
     "quick",
@@ -42,4 +48,7 @@ QUICK: Final = Plan(
     idle=2,
     inserted=2_000,
     waiting=2_000,
+    asked=200,
+    asking=1,
+    names=500,
 )

@@ -40,10 +40,14 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Memory:
-    """Resident memory in bytes; ``proportional`` counts a shared page only in part."""
+    """Resident memory in bytes.
+
+    ``proportional`` counts a shared page only in part, and ``private`` does not count it at all.
+    """
 
     resident: int
     proportional: int
+    private: int
 
 
 def cpu(pid: int) -> Cpu:
@@ -69,7 +73,8 @@ def memory(pid: int) -> Memory:
     def size(name: str) -> int:
         return int(fields[fields.index(name) + 1]) * 1024
 
-    return Memory(size("Rss:"), size("Pss:"))
+    private = size("Private_Clean:") + size("Private_Dirty:")
+    return Memory(size("Rss:"), size("Pss:"), private)
 
 
 def peak_memory(pid: int) -> int:
