@@ -165,6 +165,8 @@ def _passed() -> tuple[list[socket.socket], list[socket.socket]]:
     listeners, keepers = [], []
     for name, passed in sockets.passed_sockets():
         if sockets.is_listening(passed):
+            if (passed.family, passed.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+                raise Unusable(f"the socket that was passed as {name!r} is not SOCK_SEQPACKET")
             listeners.append(passed)
         elif name == _KEEPER:
             keepers.append(passed)

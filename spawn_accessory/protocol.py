@@ -109,7 +109,8 @@ class Request(msgspec.Struct, frozen=True):
 class Listed(msgspec.Struct, frozen=True):
     """One NAME that exists: ``age`` in seconds, ``leases`` 0 if nobody holds one.
 
-    Else they are those that were given out since nobody held one, so at most that many are held.
+    Else they are those that were given out since nobody held one. All that were given out by
+    daemons before count as one.
     """
 
     name: bytes

@@ -21,7 +21,7 @@ from spawn_accessory.watch import Watch
 
 
 class _Entry:
-    """One NAME; ``leases`` are those given out since nobody held one."""
+    """One NAME; ``leases`` as in Listed."""
 
     __slots__ = ("lease", "leases", "name", "namespaces", "rights", "since", "users")
 
