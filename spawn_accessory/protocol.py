@@ -208,6 +208,9 @@ def unpack_request(datagram: bytes) -> Request:
         if payload and command not in _WITH_PAYLOAD:
             raise Malformed(f"{command.name} takes no payload")
         payloads[command] = payload
+    for command in (Command.LIST, Command.STATUS):
+        if command in payloads and not payloads.keys() <= {command, Command.NOP}:
+            raise Malformed(f"{command.name} goes alone")
     user = payloads.get(Command.USER_NAMESPACE)
     return Request(
         name=_checked_name(payloads.get(Command.NAME)),

@@ -51,8 +51,8 @@ def _neighbours() -> Iterator[int]:
 
 def _is_init(pid: int, init: Path, address: str) -> bool:
     name = Path(f"/proc/{pid}/comm").read_bytes()
-    if not name.startswith((b"init-", b"i-")):
-        return False  # quick, since our cgroup may have thousands
+    if not name.startswith((b"init-", b"i-", b"cm4all-spawn-in")):
+        return False  # the last one before it has named itself
     arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     program = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")  # by an upgrade
     return program == str(init) and arguments[1:2] == [os.fsencode(address)]

@@ -92,6 +92,8 @@ def _bind(listener: socket.socket, address: str) -> None:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
+        if address.startswith("/") and not stat.S_ISSOCK(os.lstat(address).st_mode):
+            raise  # nobody left it behind
         holder = _listener_at(address)
         if holder is not None or address.startswith("@"):
             raise InUse(f"{address} is already in use by process {holder or '(unknown)'}") from None

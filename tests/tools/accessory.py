@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
 from tests.tools.harness import DEADLINE, Cgroup, wait_for
+from tests.tools.harness import host as make_host
 from tests.tools.native import ROOT
 from tests.tools.wire import Client
 
@@ -30,12 +33,12 @@ def own_namespaces(pid: int) -> dict[str, str]:
 class Manager:
     """Stands in for systemd: takes notifications, stores descriptors, passes them to a start."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.address = str(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(b"\0" + os.urandom(8).hex().encode())
-        self.address = "@" + os.fsdecode(self._socket.getsockname()[1:])
+        self._socket.bind(self.address)
         self.notifications: list[str] = []
-        self.stored: dict[str, int] = {}
+        self.stored: list[tuple[str, int]] = []
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -45,12 +48,14 @@ class Manager:
                 if not data:
                     return
                 lines = data.decode().splitlines()
+                name = next((line[7:] for line in lines if line.startswith("FDNAME=")), "stored")
+                if "FDSTOREREMOVE=1" in lines:
+                    self._forget(one for one in self.stored if one[0] == name)
                 if "FDSTORE=1" in lines:
-                    (name,) = (line[7:] for line in lines if line.startswith("FDNAME="))
-                    (fd,) = fds
-                    if name in self.stored:
-                        os.close(self.stored[name])
-                    self.stored[name] = fd
+                    self.stored += [(name, fd) for fd in fds]
+                else:
+                    for fd in fds:
+                        os.close(fd)
                 self.notifications += lines
 
     def close(self) -> None:
@@ -60,11 +65,38 @@ class Manager:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
+    def passed(self) -> list[tuple[str, int]]:
+        """Return what is stored, without that whose other end was closed."""
+        self._read_all()
+        self._forget(one for one in self.stored if _is_hung_up(one[1]))
+        return self.stored
+
     def discard(self) -> None:
         """Forget what is stored, as a manager does when the unit is removed."""
-        for fd in self.stored.values():
-            os.close(fd)
-        self.stored.clear()
+        self._forget(self.stored)
+
+    def _read_all(self) -> None:
+        """Wait until all that was sent until now has been read (sd_notify_barrier(3))."""
+        read_end, write_end = os.pipe2(os.O_CLOEXEC)
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
+            open(read_end, "rb") as end,
+        ):
+            sender.connect(self._socket.getsockname())
+            socket.send_fds(sender, [b"BARRIER=1"], [write_end])
+            os.close(write_end)
+            end.read()
+
+    def _forget(self, stored: Iterable[tuple[str, int]]) -> None:
+        for one in tuple(stored):
+            self.stored.remove(one)
+            os.close(one[1])
+
+
+def _is_hung_up(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))
 
 
 class Accessory:
@@ -72,15 +104,15 @@ class Accessory:
 
     def __init__(self, directory: Path, cgroup: Cgroup, arguments: list[str]) -> None:
         self.address = f"@cm4all-spawn-test-{os.urandom(6).hex()}"
-        self.manager = Manager()
+        self.manager = Manager(directory / "manager.socket")
         self.cgroup = cgroup
         self.arguments = arguments
         self.wrapper: list[str] = []
         self.listener: socket.socket | None = None
         self.settings = directory / "accessory.toml"
         self.settings.touch()
-        self._errors = directory / "accessory.stderr"
-        self._errors.touch()
+        self.error_file = directory / "accessory.stderr"
+        self.error_file.touch()
         self._namespaces: dict[str, str] = {}
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -89,6 +121,13 @@ class Accessory:
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind("\0" + self.address[1:])
         self.listener.listen(1024)
+
+    def passed(self) -> tuple[list[str], list[int]]:
+        """Return names and descriptors of what the manager passes to a daemon."""
+        passed = [*self.manager.passed()]
+        if self.listener is not None:
+            passed.append(("listener", self.listener.fileno()))
+        return [name for name, _ in passed], [fd for _, fd in passed]
 
     def start(self) -> Self:
         """Start a daemon and wait until it is ready."""
@@ -100,25 +139,23 @@ class Accessory:
     def begin(self) -> None:
         """Start a daemon."""
         self.manager.notifications.clear()
-        passed = dict(self.manager.stored)
-        if self.listener is not None:
-            passed["listener"] = self.listener.fileno()
+        names, fds = self.passed()
         environment = os.environ | {
             "NOTIFY_SOCKET": self.manager.address,
             "PYTHONPATH": str(ROOT),
-            "LISTEN_FDS": str(len(passed)),
-            "LISTEN_FDNAMES": ":".join(passed),
+            "LISTEN_FDS": str(len(fds)),
+            "LISTEN_FDNAMES": ":".join(names),
         }
         # What is passed begins at 3; the descriptors are moved out of the way first.
-        moves = [f"exec {100 + n}<&{fd}" for n, fd in enumerate(passed.values())]
-        moves += [f"exec {3 + n}<&{100 + n} {100 + n}<&-" for n in range(len(passed))]
+        moves = [f"exec {100 + n}<&{fd}" for n, fd in enumerate(fds)]
+        moves += [f"exec {3 + n}<&{100 + n} {100 + n}<&-" for n in range(len(fds))]
         script = "\n".join((*moves, 'echo 0 >"$1/cgroup.procs"; shift', 'LISTEN_PID=$$ exec "$@"'))
         command = [*self.wrapper, sys.executable, "-m", "spawn_accessory"]
         command += ["--listen", self.address, "--config", str(self.settings), *self.arguments]
-        with self._errors.open("ab") as errors:
+        with self.error_file.open("ab") as errors:
             self.process = subprocess.Popen(
                 ["bash", "-ec", script, "bash", str(self.cgroup.directory), *command],
-                pass_fds=tuple(passed.values()),
+                pass_fds=fds,
                 stdout=errors,
                 stderr=errors,
                 env=environment,
@@ -143,7 +180,7 @@ class Accessory:
 
     def errors(self) -> list[str]:
         """Return the lines that daemons wrote."""
-        return self._errors.read_text().splitlines()
+        return self.error_file.read_text().splitlines()
 
     def signal(self, number: signal.Signals) -> None:
         """Send the daemon a signal."""
@@ -179,8 +216,13 @@ class Accessory:
 
     def keeper(self) -> int:
         """Return the pid of the keeper."""
-        (pid,) = (pid for pid, name in self.processes().items() if name == "spawn-keeper")
+        # A child that makes a namespace has its name for a moment.
+        wait_for("there is but one keeper", lambda: len(self._keepers()) <= 1)
+        (pid,) = self._keepers()
         return pid
+
+    def _keepers(self) -> list[int]:
+        return [pid for pid, name in self.processes().items() if name == "spawn-keeper"]
 
     def check_own_namespaces(self) -> None:
         """Check that a daemon that runs is in the namespaces in which it began."""
@@ -207,3 +249,13 @@ def make_accessory(directory: Path, cgroup: Cgroup, *arguments: str) -> Iterator
         yield place
     finally:
         place.close()
+
+
+@contextmanager
+def running_accessory(name: str, settings: str = "") -> Iterator[Accessory]:
+    """Run a daemon that several tests share; NAME tells its cgroup from those of others."""
+    with TemporaryDirectory() as directory, make_host(Path(directory), name) as host:
+        os.chmod(directory, 0o755)
+        with make_accessory(host.directory, host.scope("accessory.service")) as place:
+            place.settings.write_text(settings)
+            yield place.start()

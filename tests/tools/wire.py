@@ -90,6 +90,24 @@ class Answer:
         self.close()
 
 
+@dataclass(frozen=True)
+class Listed:
+    """What a LISTED packet tells of a name: CLONE_* flags, leases, age in seconds."""
+
+    flags: int
+    leases: int
+    age: int
+
+
+def listed(answer: Answer) -> dict[bytes, Listed]:
+    """Return the names in one answer to LIST."""
+    return {
+        payload[12:]: Listed(*struct.unpack("=III", payload[:12]))
+        for command, payload in answer.packets
+        if command == LISTED
+    }
+
+
 class Client:
     """A connection as the C++ suite's client has it."""
 
@@ -116,6 +134,16 @@ class Client:
         answer = self.receive()
         assert answer is not None, "the connection was closed"
         return answer
+
+    def names(self) -> dict[bytes, Listed]:
+        """Return all names that this client may see, in the order in which they come."""
+        found: dict[bytes, Listed] = {}
+        while True:
+            page = self.ask((LIST, next(reversed(found), b"")))
+            assert page.error is None, page.error
+            found |= listed(page)
+            if (LIST_MORE, b"") not in page.packets:
+                return found
 
     def dropped(self) -> bool:
         """Wait until the daemon has closed the connection; False if an answer comes first."""
