@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Final
 
 from spawn_accessory.keeper import Keeper
+from spawn_accessory.namespaces import Maker
 from spawn_accessory.programs import Missing, find
 from spawn_accessory.registry import Registry
 from spawn_accessory.server import Server
 from spawn_accessory.settings import Settings, check
 from spawn_accessory.watch import Watch
-from spawn_common import sockets
+from spawn_common import VERSION, sockets
 from spawn_common.command import (
     Unusable,
     Version,
     die,
     freeze_memory,
     load_settings,
-    version,
 )
 from spawn_common.service import Service
 
@@ -115,15 +115,17 @@ async def _serve(arguments: argparse.Namespace) -> None:
     with ExitStack() as exits:
         own = [] if listeners else _listen(arguments.listen or [DEFAULT_ADDRESS], exits)
         listeners += own
+        maker = _maker()
+        exits.callback(maker.close)
         watch = Watch()
         exits.callback(watch.close)
         keeper = _keeper(sockets.address_of(listeners[0]), watch, keepers)
         exits.callback(keeper.close)
-        registry = Registry(settings, keeper, watch, loop)
+        registry = Registry(settings, keeper, maker, watch, loop)
         exits.callback(registry.close)
 
         def describe() -> str:
-            lines: dict[str, object] = {"version": version()}
+            lines: dict[str, object] = {"version": VERSION}
             lines["uptime"] = int(time.monotonic() - began)
             lines["connections"] = server.connections
             lines |= registry.counts()
@@ -194,6 +196,13 @@ def _listen(addresses: Iterable[str], exits: ExitStack) -> list[socket.socket]:
 def _unlink(path: str) -> None:
     with suppress(OSError):
         os.unlink(path)
+
+
+def _maker() -> Maker:
+    try:
+        return Maker()
+    except OSError as error:
+        raise Unusable(f"cannot enter our own namespaces: {error.strerror}") from None
 
 
 def _keeper(address: str, watch: Watch, olds: list[socket.socket]) -> Keeper:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -324,10 +325,11 @@ class Keeper:
         Any other OSError means that it has what we cannot take now, and that shall not be lost.
         """
         try:
-            records, queue = _take_over(end)
+            records, queue, limit = _take_over(end)
         except ConnectionError:
             end.close()
             return False
+        _limit_descriptors(limit)
         if records:
             self._records = records
             self._free = [slot for slot in range(max(records)) if slot not in records]
@@ -337,8 +339,17 @@ class Keeper:
         return True
 
 
-def _take_over(end: socket.socket) -> tuple[dict[int, Record], socket.socket]:
-    """Return what the keeper at END has, and the end of its queue."""
+def _limit_descriptors(keeper: int) -> None:
+    """Have as many descriptors as we may, but not more than the KEEPER.
+
+    So the one to run out of them is the daemon, which can say so: it has all that the keeper has.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(keeper, hard), hard))
+
+
+def _take_over(end: socket.socket) -> tuple[dict[int, Record], socket.socket, int]:
+    """Return what the keeper at END has, the end of its queue, and its limit of descriptors."""
     nonce = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     records: dict[int, Record] = {}
     try:
@@ -346,7 +357,8 @@ def _take_over(end: socket.socket) -> tuple[dict[int, Record], socket.socket]:
         while True:
             header, text, descriptors = _receive(end)
             if header.operation == _ALL and header.since == nonce:
-                return records, _prepared(socket.socket(fileno=descriptors[0]))
+                queue = _prepared(socket.socket(fileno=descriptors[0]))
+                return records, queue, header.slot
             # Else it is what was sent to a daemon that has died meanwhile.
             if header.operation == _HOLD and descriptors and header.slot not in records:
                 records[header.slot] = _record(header, text, descriptors)

@@ -28,22 +28,29 @@ class Maker:
     """Makes namespaces; knows the way back into our own. For a process with one thread."""
 
     def __init__(self) -> None:
+        """OSError if there is no way back for us, as without CAP_SYS_ADMIN."""
         self._directory = os.open("/proc/self/ns", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._own = {kind: self._open(kind) for kind in _FILES}
+        self._own: dict[Namespace, int] = {}
+        try:
+            for kind in _FILES:
+                self._own[kind] = self._open(kind)
+                linux.setns(self._own[kind], kind)
+        except OSError:
+            self.close()
+            raise
 
     def makes(self, kind: Namespace) -> bool:
         """Whether KIND is one of those that are made here."""
-        return kind in self._own
+        return kind in _FILES
 
     def make(self, kind: Namespace) -> int:
         """Return a descriptor of a new namespace; OSError says why there is none."""
         try:
             linux.unshare(kind)
-            return self._open(kind)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise limit_reached(kind) from None
-            raise
+            raise limit_reached(kind) if error.errno == errno.ENOSPC else error from None
+        try:
+            return self._open(kind)
         finally:
             self._go_back(kind)
 

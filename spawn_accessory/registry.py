@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Final
 
 from spawn_accessory.expiry import Clock, Expiry
 from spawn_accessory.idmaps import parse_maps
@@ -18,6 +19,8 @@ from spawn_accessory.policy import Refused
 from spawn_accessory.protocol import Listed, Maps, Namespace, Request
 from spawn_accessory.settings import Settings
 from spawn_accessory.watch import Watch
+
+_RIGHTS_MAX: Final = 64  # different requests that are remembered for a name
 
 
 class _Entry:
@@ -65,12 +68,14 @@ class _Entry:
 class Registry:
     """All names of this daemon."""
 
-    def __init__(self, settings: Settings, keeper: Keeper, watch: Watch, clock: Clock) -> None:
+    def __init__(
+        self, settings: Settings, keeper: Keeper, maker: Maker, watch: Watch, clock: Clock
+    ) -> None:
         """Begin with what the keeper has."""
         self._limits = settings.limits
         self._keeper = keeper
         self._watch = watch
-        self._maker = Maker()
+        self._maker = maker
         self._expiry = Expiry(settings.expiry, clock, self._end)
         self._entries: dict[bytes, _Entry] = {}
         self._namespaces = 0
@@ -113,6 +118,8 @@ class Registry:
         for record in made:
             self._add(entry, record)
         if rights is None:
+            if len(entry.rights) >= _RIGHTS_MAX:
+                entry.rights.clear()
             rights = entry.rights[request] = _rights(entry, request)
         if entry.leases:
             self._expiry.stop(name)
@@ -141,9 +148,8 @@ class Registry:
         return counts | {f"namespaces.{kind.name.lower()}": kinds[kind] for kind in Namespace}
 
     def close(self) -> None:
-        """Let go of everything; what the keeper has lives on."""
+        """End no name any more; what the keeper has lives on."""
         self._expiry.close()
-        self._maker.close()
 
     # Making
 

@@ -87,7 +87,7 @@ class Server:
         self._connections: dict[_Connection, None] = {}
         self._strangers: dict[_Connection, None] = {}
         self._complaints: dict[int, float] = {}
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._spare = _open_spare()
         self.use(settings)
         for listener in self._listeners:
             listener.setblocking(False)
@@ -125,6 +125,8 @@ class Server:
     # Connections
 
     def _listen(self, listener: socket.socket) -> None:
+        if self._spare < 0:
+            self._spare = _open_spare()
         self._watch.add_request(listener.fileno(), select.EPOLLIN, partial(self._accept, listener))
 
     def _accept(self, listener: socket.socket) -> None:
@@ -152,10 +154,7 @@ class Server:
             with suppress(OSError), listener.accept()[0] as end:
                 _dismiss(end, f"no connection: {problem.strerror}")
         finally:
-            try:
-                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
-                self._spare = -1
+            self._spare = _open_spare()
         self._watch.remove(listener.fileno())
         self._loop.call_later(0.1, self._listen, listener)
 
@@ -289,6 +288,14 @@ class Server:
                 self._complaints.clear()
             self._complaints[uid] = now
             _log.warning("refused to a process of user %d: %s", uid, reason)
+
+
+def _open_spare() -> int:
+    """Return a descriptor to be closed when there is no other, or -1 if that is now."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 def _is_over(end: socket.socket) -> bool:

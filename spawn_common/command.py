@@ -10,6 +10,7 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
+from spawn_common import VERSION
 from spawn_common.settings import Check, SettingsError, load
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -30,13 +31,6 @@ def die(program: str, *problems: str) -> NoReturn:
     sys.exit(1)
 
 
-def version() -> str:
-    """Return the version of the suite; looking it up costs memory that a daemon need not spend."""
-    from importlib import metadata
-
-    return metadata.version("cm4all-spawn")
-
-
 class Version(argparse.Action):
     """An option that prints the version and ends the program."""
 
@@ -45,7 +39,7 @@ class Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         """Do so."""
-        print(parser.prog, version())
+        print(parser.prog, VERSION)
         sys.exit(0)
 
 

@@ -37,7 +37,8 @@ enum operation {
 	HOLD = 1, // keep the descriptors in this message
 	MAKE = 2, // make a namespace, keep it and send it back
 	DROP = 3, // forget a record; ends the init of a PID namespace
-	ALL = 4,  // send all records as HOLD, then this message with the end of the queue
+	ALL = 4,  // send all records as HOLD, then this message: the end of the queue, and as slot how
+		  // many descriptors we may have
 	READ = 5, // read the queue
 };
 
@@ -346,7 +347,7 @@ static void make_and_send(struct message *message)
 	reply(&message->header, NULL, 0, message->descriptors, message->count);
 }
 
-static void send_all(const struct message *message)
+static void send_all(struct message *message)
 {
 	for (const struct record *i = records; i < records + n_records; i++) {
 		struct header header = i->header;
@@ -354,6 +355,9 @@ static void send_all(const struct message *message)
 		if (i->text != NULL)
 			reply(&header, i->text, i->length, i->descriptors, i->count);
 	}
+	struct rlimit limit = { 0 };
+	getrlimit(RLIMIT_NOFILE, &limit);
+	message->header.slot = limit.rlim_cur < UINT32_MAX ? limit.rlim_cur : UINT32_MAX;
 	reply(&message->header, NULL, 0, &queue[1], 1);
 }
 

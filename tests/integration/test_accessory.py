@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 
 from spawn_accessory.keeper import Keeper
+from spawn_accessory.namespaces import Maker
 from spawn_accessory.protocol import Maps, Namespace, Request
 from spawn_accessory.registry import Registry
 from spawn_accessory.settings import Settings
@@ -704,7 +705,8 @@ class Minutes:
         self.clock = clock
         self.watch = Watch()
         self.keeper = Keeper(f"@test-{os.urandom(6).hex()}", self.watch, lambda _: None)
-        self.registry = Registry(Settings(), self.keeper, self.watch, clock)
+        self.maker = Maker()
+        self.registry = Registry(Settings(), self.keeper, self.maker, self.watch, clock)
 
     def ask(self, name_bytes: bytes) -> int:
         """Request namespaces, and return the inode of one of them."""
@@ -731,6 +733,7 @@ class Minutes:
     def close(self) -> None:
         """End everything."""
         self.registry.close()
+        self.maker.close()
         self.keeper.close()
         self.watch.close()
 

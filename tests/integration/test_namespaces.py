@@ -13,7 +13,8 @@ import pytest
 
 from spawn_accessory.namespaces import Maker
 from spawn_accessory.protocol import Namespace
-from tests.tools.accessory import own_namespaces
+from tests.tools.accessory import Accessory, own_namespaces
+from tests.tools.harness import DEADLINE
 
 MADE = [Namespace.IPC, Namespace.NET, Namespace.UTS, Namespace.CGROUP]
 
@@ -77,3 +78,14 @@ def test_a_daemon_that_cannot_go_back_ends_at_once() -> None:
     assert ended.returncode == os.EX_OSERR
     assert ended.stdout == ""
     assert "cannot return from a new IPC namespace: setns: Operation not permitted" in ended.stderr
+
+
+def test_a_daemon_that_could_not_come_back_does_not_start(stopped_accessory: Accessory) -> None:
+    accessory = stopped_accessory
+    accessory.wrapper = ["unshare", "--user", "--map-root-user"]
+    accessory.begin()
+    assert accessory.process is not None
+    assert accessory.process.wait(DEADLINE) == 1
+    assert accessory.errors() == [
+        "cm4all-spawn-accessory: cannot enter our own namespaces: setns: Operation not permitted"
+    ]

@@ -262,7 +262,8 @@ def host(directory: Path, name: str) -> Iterator[Host]:
     mount = linux.find_cgroup2_mount()
     assert mount is not None, "no cgroup v2 hierarchy is mounted"
     root = Path(os.fsdecode(mount.path))
-    place = Host(directory, Cgroup(root).make(f"cm4all-spawn-test-{os.getpid()}-{name}"), root)
+    directory_name = f"cm4all-spawn-test-{os.getpid()}-{name}".replace("/", "_")
+    place = Host(directory, Cgroup(root).make(directory_name), root)
     try:
         yield place
     finally:
