@@ -120,6 +120,9 @@ MALFORMED = {
     "net with a payload": (datagram(NAME, (0x8001, b"x")), "NET_NAMESPACE takes no payload"),
     "time with a payload": (datagram(NAME, (0x8005, b"x")), "TIME_NAMESPACE takes no payload"),
     "status with a payload": (datagram((0x8007, b"x")), "STATUS takes no payload"),
+    "list and a name": (datagram(NAME, (0x8006, b"")), "LIST goes alone"),
+    "list and status": (datagram((0x8006, b""), (0x8007, b"")), "LIST goes alone"),
+    "status and a lease": (datagram((5, b""), (0x8007, b"")), "STATUS goes alone"),
     "one map": (datagram(NAME, (4, b"0 0 1")), "needs two maps"),
     "three maps": (datagram(NAME, (4, b"a\0b\0c")), "needs two maps"),
 }
