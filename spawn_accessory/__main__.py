@@ -112,38 +112,40 @@ async def _serve(arguments: argparse.Namespace) -> None:
     _raise_limit()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a keeper ended
     loop = asyncio.get_running_loop()
+    registry: Registry | None = None
+    server: Server | None = None
+
+    def describe() -> str:
+        lines: dict[str, object] = {"version": VERSION, "uptime": int(time.monotonic() - began)}
+        if registry and server:
+            lines |= {"connections": server.connections} | registry.counts()
+        return "".join(f"{key}={value}\n" for key, value in lines.items())
+
+    def reload(done: Callable[[], None]) -> None:
+        try:
+            loaded = _settings(arguments)
+        except Unusable as error:
+            for problem in error.problems:
+                _log.error("the settings stay as they are: %s", problem)
+        else:
+            if registry and server:
+                registry.use(loaded)
+                server.use(loaded)
+        done()
+
     with ExitStack() as exits:
+        service = Service(reload, lambda: registry.summary() if registry else "starting")
+        exits.callback(service.close)
         own = [] if listeners else _listen(arguments.listen or [DEFAULT_ADDRESS], exits)
         listeners += own
         maker = _maker()
         exits.callback(maker.close)
         watch = Watch()
         exits.callback(watch.close)
-        keeper = _keeper(sockets.address_of(listeners[0]), watch, keepers)
+        keeper = _keeper(min(map(sockets.address_of, listeners)), watch, keepers)
         exits.callback(keeper.close)
         registry = Registry(settings, keeper, maker, watch, loop)
         exits.callback(registry.close)
-
-        def describe() -> str:
-            lines: dict[str, object] = {"version": VERSION}
-            lines["uptime"] = int(time.monotonic() - began)
-            lines["connections"] = server.connections
-            lines |= registry.counts()
-            return "".join(f"{key}={value}\n" for key, value in lines.items())
-
-        def reload(done: Callable[[], None]) -> None:
-            try:
-                loaded = _settings(arguments)
-            except Unusable as error:
-                for problem in error.problems:
-                    _log.error("the settings stay as they are: %s", problem)
-            else:
-                registry.use(loaded)
-                server.use(loaded)
-            done()
-
-        service = Service(reload, registry.summary)
-        exits.callback(service.close)
         server = Server(listeners, registry, settings, watch, describe)
         exits.callback(server.close)
         if own:

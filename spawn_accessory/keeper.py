@@ -5,7 +5,7 @@ A daemon that starts gets them back from the keeper, whose socket the service ma
 keeper dies, the daemon starts another one and hands it everything. See programs/keeper.c for the
 other side.
 
-The keeper also makes those namespaces that need a process of their own: it is small, and so are its
+The keeper also makes those namespaces that need a program of their own: it is small, and so are its
 children.
 """
 
@@ -42,9 +42,10 @@ _READ: Final = 5
 _HEADER: Final = struct.Struct("=IIIiQ")  # operation, kind, slot, errno, since
 _MESSAGE_MAX: Final = 8192
 _DESCRIPTORS_MAX: Final = 2
+_KINDS: Final = frozenset((0, *Namespace))
 _TIMEOUT: Final = struct.pack("@ll", 10, 0)
 _SENDING: Final = int(socket.MSG_NOSIGNAL)
-_UNREAD_MAX: Final = 64  # records in the queue: it has room for some hundred
+_TRYING: Final = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -96,7 +97,8 @@ class Keeper:
         self._ordered: list[Record] = []
         self._socket: socket.socket | None = None
         self._queue: socket.socket | None = None
-        self._unread = 0
+        self._untold: dict[int, Record] = {}  # what a new keeper has not been told yet
+        self._undropped: list[bytes] = []
         for old in olds:
             if self._socket is None:
                 self._try_to_take_over(old)
@@ -126,12 +128,12 @@ class Keeper:
             raise
         return record
 
-    def order(self, kind: Namespace, name: bytes, maps: Maps | None) -> Record:
-        """Ask for a new namespace; ``collect`` returns it."""
-        record = self._new(kind, name, maps)
+    def order(self, kind: Namespace, name: bytes) -> Record:
+        """Ask for a new PID, mount or time namespace; ``collect`` returns it."""
+        record = self._new(kind, name, None)
         self._ordered.append(record)
         try:
-            self._send(_MAKE, record)
+            self._send(record)
         except OSError:
             self._ordered.remove(record)
             self._free.append(record.slot)
@@ -157,12 +159,22 @@ class Keeper:
         return record
 
     def drop(self, record: Record) -> None:
-        """End a record: closes its descriptors, and kills the init of a PID namespace."""
+        """End a record: closes its descriptors, and kills the init of a PID namespace.
+
+        A keeper that does not read is told later.
+        """
+        if record.kind is Namespace.PID:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(record.descriptors[1], signal.SIGKILL)
         del self._records[record.slot]
+        self._untold.pop(record.slot, None)
         _close(record.descriptors)
         self._free.append(record.slot)
+        self._undropped.append(record.header(_DROP))
         try:
-            self._send(_DROP, record)
+            self._tell_drops(_TRYING)
+        except BlockingIOError:
+            pass
         except OSError as error:
             _log.error("the keeper cannot be told what to end: %s", error.strerror)
 
@@ -179,45 +191,57 @@ class Keeper:
 
     # Messages
 
-    def _send(self, operation: int, record: Record) -> None:
-        """Send a message; a new keeper is told of everything anyway."""
+    def _send(self, record: Record) -> None:
+        """Ask for a namespace."""
         try:
-            self._try_to_send(operation, record)
+            self._catch_up()
+            self._try_to_send((record.header(_MAKE), record.text()))
         except ConnectionError:
-            self._replace()
-
-    def _try_to_send(self, operation: int, record: Record) -> None:
-        if self._socket is None:
-            raise _ended()
-        parts = [record.header(operation)]
-        if operation == _MAKE:
-            parts.append(record.text())
-        self._socket.sendmsg(parts, (), _SENDING)
-        self._unread = 0
+            self._replace()  # asks the new one
 
     def _enqueue(self, record: Record) -> None:
-        """Put a record into the queue; nobody is woken up for it, unless that gets long."""
+        """Put a record into the queue; nobody is woken up for it, unless there is no room."""
         try:
+            self._catch_up()
             self._try_to_enqueue(record)
         except ConnectionError:
-            self._replace()
+            self._replace()  # tells the new one of everything
+
+    def _try_to_send(self, parts: Iterable[bytes], flags: int = _SENDING) -> None:
+        if self._socket is None:
+            raise _ended()
+        self._socket.sendmsg(parts, (), flags)
 
     def _try_to_enqueue(self, record: Record) -> None:
         if self._queue is None:
             raise _ended()
         fds = struct.pack(f"={len(record.descriptors)}i", *record.descriptors)
         rights = ((socket.SOL_SOCKET, socket.SCM_RIGHTS, fds),)
-        self._queue.sendmsg((record.header(_HOLD), record.text()), rights, _SENDING)
-        self._unread += 1
-        if self._unread > _UNREAD_MAX:
-            self._try_to_read()
+        parts = (record.header(_HOLD), record.text())
+        try:
+            self._queue.sendmsg(parts, rights, _TRYING)
+        except BlockingIOError:
+            self._try_to_send((_HEADER.pack(_READ, 0, 0, 0, 0),))
+            self._queue.sendmsg(parts, rights, _SENDING)
 
-    def _try_to_read(self) -> None:
-        """Let the keeper read the queue."""
-        if self._socket is None:
-            raise _ended()
-        self._socket.sendmsg((_HEADER.pack(_READ, 0, 0, 0, 0),), (), _SENDING)
-        self._unread = 0
+    def _tell_drops(self, flags: int) -> None:
+        while self._undropped:
+            try:
+                self._try_to_send((self._undropped[0],), flags)
+            except ConnectionError:
+                self._replace()
+                return
+            self._undropped.pop(0)
+
+    def _catch_up(self) -> None:
+        """Tell the keeper what it has not been told when it was time."""
+        if self._untold or self._undropped:
+            self._tell_drops(_SENDING)
+            while self._untold:
+                slot, record = next(iter(self._untold.items()))
+                self._try_to_enqueue(record)
+                del self._untold[slot]
+            self._try_to_send((_HEADER.pack(_READ, 0, 0, 0, 0),))
 
     def _answer(self, ordered: Record) -> tuple[int, tuple[int, ...]]:
         """Return errno and descriptors of what was ordered."""
@@ -229,15 +253,17 @@ class Keeper:
                         return header.error, descriptors
                     _close(descriptors)  # of one that came too late
             except BlockingIOError:
-                self._try_to_send(_DROP, ordered)
+                self._try_to_send((ordered.header(_DROP),))
                 return errno.ETIMEDOUT, ()
             except _Truncated:
-                self._try_to_send(_DROP, ordered)
+                self._try_to_send((ordered.header(_DROP),))
                 return errno.EMFILE, ()
             except ConnectionError:
                 self._replace()
         with suppress(OSError):
-            self._try_to_send(_DROP, ordered)  # it was ordered again, and nobody waits for it
+            self._try_to_send(
+                (ordered.header(_DROP),)
+            )  # it was ordered again, and nobody waits for it
         return errno.ECONNRESET, ()
 
     def _receive(self) -> tuple[_Header, bytes, tuple[int, ...]]:
@@ -304,12 +330,12 @@ class Keeper:
         _log.warning("the keeper has died; starting another")
         self._forget_sockets()
         self._start()
-        for record in self._records.values():
-            self._try_to_enqueue(record)
-        self._try_to_read()
+        self._untold = dict(self._records)
+        self._undropped.clear()
+        self._catch_up()
         self._end_strays()
         for record in self._ordered:
-            self._try_to_send(_MAKE, record)
+            self._try_to_send((record.header(_MAKE), record.text()))
 
     def _end_strays(self) -> None:
         known = {
@@ -334,7 +360,6 @@ class Keeper:
             self._records = records
             self._free = [slot for slot in range(max(records)) if slot not in records]
         self._socket, self._queue = end, queue
-        self._unread = 0
         self._watch.add_event(end.fileno(), select.EPOLLIN, self._readable)
         return True
 
@@ -357,6 +382,8 @@ def _take_over(end: socket.socket) -> tuple[dict[int, Record], socket.socket, in
         while True:
             header, text, descriptors = _receive(end)
             if header.operation == _ALL and header.since == nonce:
+                if not descriptors:
+                    raise _foreign()
                 queue = _prepared(socket.socket(fileno=descriptors[0]))
                 return records, queue, header.slot
             # Else it is what was sent to a daemon that has died meanwhile.
@@ -390,7 +417,14 @@ def _prepared(end: socket.socket) -> socket.socket:
     return end
 
 
+def _foreign() -> OSError:
+    return OSError(errno.EPROTO, "it is of another version")
+
+
 def _record(header: _Header, text: bytes, descriptors: tuple[int, ...]) -> Record:
+    if header.kind not in _KINDS:
+        _close(descriptors)
+        raise _foreign()
     name, *maps = text.split(b"\0")
     return Record(
         header.slot,

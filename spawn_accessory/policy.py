@@ -5,13 +5,14 @@ Root, those who could do the same by themselves, and whom the settings allow.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
 import re
 import select
 import socket
-from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -26,10 +27,14 @@ class Refused(Exception):
 
 
 class Access(msgspec.Struct, frozen=True):
-    """What a peer may do; ``names`` are patterns of the names that it may use, None for all."""
+    """What a peer may do; ``names`` are patterns of the names that it may use, None for all.
+
+    ``maps`` says whether it may have user namespaces.
+    """
 
     root: bool = False
     names: tuple[re.Pattern[str], ...] | None = None
+    maps: bool = True
 
     def may_use(self, name: bytes) -> bool:
         """Whether the peer may have the namespaces of NAME, and know of it."""
@@ -45,6 +50,8 @@ class Access(msgspec.Struct, frozen=True):
         if request.name is not None and not self.may_use(request.name):
             raise Refused("you may not use this name")
         maps = request.maps
+        if maps is not None and not self.maps:
+            raise Refused("only who has CAP_SETUID and CAP_SETGID may map ids")
         if maps is not None and _maps_zero(maps):
             raise Refused("only root may map the host's user or group 0")
 
@@ -71,12 +78,13 @@ class Policy:
         pid, uid, gid = linux.peer_credentials(peer)
         if uid == 0:
             return Access(root=True)
-        if self._is_administrator(peer, pid):
-            return Access()
+        capabilities = self._capabilities(peer, pid, uid)
+        if _has(capabilities, linux.CAP_SYS_ADMIN):
+            maps = _has(capabilities, linux.CAP_SETUID) and _has(capabilities, linux.CAP_SETGID)
+            return Access(maps=maps)
         gids = frozenset((gid,))
         if any(rule.gids for rule in self._rules):
-            with suppress(OSError):
-                gids |= linux.peer_groups(peer)
+            gids |= linux.peer_groups(peer)
         names = tuple(
             name
             for rule in self._rules
@@ -85,23 +93,45 @@ class Policy:
         )
         return Access(names=names) if names else None
 
-    def _is_administrator(self, peer: socket.socket, pid: int) -> bool:
-        """Whether the peer holds CAP_SYS_ADMIN in our user namespace.
+    def _capabilities(self, peer: socket.socket, pid: int, uid: int) -> int:
+        """Return which capabilities the peer has in our user namespace, as capget(2) does.
 
-        capget(2) tells of the peer's own user namespace, and which one that is can only be seen by
-        those who may trace it. But its uid map may be read by all, and to make another namespace
-        with the same one takes a privileged process.
+        That tells of the peer's own user namespace, and which one it is can only be seen by those
+        who may trace it. But its uid map may be read by all, and to make another namespace with the
+        same one takes a privileged process.
         """
-        with suppress(OSError):
+        if pid <= 0:
+            return 0  # out of our sight
+        try:
             pidfd = linux.peer_pidfd(peer, pid)
-            try:
-                held = linux.effective_capabilities(pid) >> linux.CAP_SYS_ADMIN & 1
-                ours = held and Path(f"/proc/{pid}/uid_map").read_bytes() == self._uid_map
-                # Was it the peer all the time, and not another process with its number?
-                return bool(ours) and _is_alive(pidfd)
-            finally:
-                os.close(pidfd)
-        return False
+        except OSError as error:
+            if error.errno in _GONE:
+                return 0
+            raise
+        try:
+            capabilities = linux.effective_capabilities(pid)
+            ours = Path(f"/proc/{pid}/uid_map").read_bytes() == self._uid_map
+            # A user's process may have connected, and then have executed a set-user-ID program.
+            same = _uids(pid) == {uid}
+            # Was it the peer all the time, and not another process with its number?
+            return capabilities if ours and same and _is_alive(pidfd) else 0
+        except (FileNotFoundError, ProcessLookupError):
+            return 0
+        finally:
+            os.close(pidfd)
+
+
+_GONE: Final = (errno.ESRCH, errno.EINVAL, errno.ENODATA)
+
+
+def _has(capabilities: int, number: int) -> bool:
+    return bool(capabilities >> number & 1)
+
+
+def _uids(pid: int) -> set[int]:
+    """Return the real, effective, saved and file system uid of a process."""
+    text = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    return set(map(int, text.partition("\nUid:")[2].partition("\n")[0].split()))
 
 
 def _rule(allow: Allow) -> _Rule:

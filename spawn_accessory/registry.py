@@ -7,7 +7,7 @@ import os
 import select
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
@@ -20,49 +20,39 @@ from spawn_accessory.protocol import Listed, Maps, Namespace, Request
 from spawn_accessory.settings import Settings
 from spawn_accessory.watch import Watch
 
-_RIGHTS_MAX: Final = 64  # different requests that are remembered for a name
+_RIGHTS_MAX: Final = 16  # different requests that are remembered for a name
+
+
+_Key = tuple[Namespace | None, Maps | None]
+_LEASE: Final = (None, None)
 
 
 class _Entry:
     """One NAME; ``leases`` as in Listed."""
 
-    __slots__ = ("lease", "leases", "name", "namespaces", "rights", "since", "users")
+    __slots__ = ("leases", "name", "records", "rights", "since")
 
     def __init__(self, name: bytes, since: int) -> None:
         self.name = name
         self.since = since
-        self.namespaces: dict[Namespace, Record] = {}
-        self.users: dict[Maps, Record] = {}
-        self.lease: Record | None = None
+        self.records: dict[_Key, Record] = {}
         self.leases = 0
         # What to send for a request again: most requests are for what is there.
         self.rights: dict[Request, bytes] = {}
 
-    def find(self, kind: Namespace, maps: Maps | None) -> Record | None:
-        if kind is Namespace.USER:
-            return self.users.get(maps) if maps is not None else None
-        return self.namespaces.get(kind)
+    def find(self, request: Request) -> Iterator[Record | None]:
+        """Yield what there is of what is asked for."""
+        for kind in request.namespaces:
+            yield self.records.get((kind, request.maps if kind is Namespace.USER else None))
 
-    def add(self, record: Record) -> None:
-        if record.kind is None:
-            self.lease = record
-        elif record.kind is Namespace.USER:
-            assert record.maps is not None
-            self.users[record.maps] = record
-        else:
-            self.namespaces[record.kind] = record
+    def kinds(self) -> tuple[Namespace, ...]:
+        """Return which kinds of namespaces there are, in the order of a response."""
+        kinds = {kind for kind, _ in self.records}
+        return tuple(kind for kind in Namespace if kind in kinds)
 
-    def records(self) -> Iterator[Record]:
-        yield from self.namespaces.values()
-        yield from self.users.values()
-        if self.lease is not None:
-            yield self.lease
 
-    def kinds(self) -> Iterator[Namespace]:
-        """Yield which kinds of namespaces there are, in the order of a response."""
-        for kind in Namespace:
-            if kind in self.namespaces or (kind is Namespace.USER and self.users):
-                yield kind
+def _key(record: Record) -> _Key:
+    return record.kind, record.maps
 
 
 class Registry:
@@ -108,15 +98,16 @@ class Registry:
         rights = entry.rights.get(request)
         made = self._make(entry, request) if rights is None else []
         lease = -1
-        if request.lease:
-            try:
+        try:
+            for record in made:
+                self._add(entry, record)
+            if request.lease:
                 lease = self._new_lease(entry)
-            except OSError:
-                self._undo(made)
-                raise
+        except OSError:
+            for record in made:
+                self._drop(entry, record)
+            raise
         self._entries[name] = entry
-        for record in made:
-            self._add(entry, record)
         if rights is None:
             if len(entry.rights) >= _RIGHTS_MAX:
                 entry.rights.clear()
@@ -133,7 +124,7 @@ class Registry:
         for name in sorted(name for name in self._entries if name > after):
             entry = self._entries[name]
             age = (now - entry.since) // 1_000_000_000
-            yield Listed(name, tuple(entry.kinds()), entry.leases, age)
+            yield Listed(name, entry.kinds(), entry.leases, age)
 
     def summary(self) -> str:
         """Return a line for the service manager."""
@@ -156,8 +147,9 @@ class Registry:
     def _make(self, entry: _Entry, request: Request) -> list[Record]:
         """Make the namespaces that are missing, all or none."""
         name, maps = entry.name, request.maps
-        kinds = [kind for kind in request.namespaces if entry.find(kind, maps) is None]
-        if self._namespaces + len(kinds) > self._limits.namespaces:
+        found = zip(request.namespaces, entry.find(request), strict=True)
+        kinds = [kind for kind, record in found if record is None]
+        if kinds and self._namespaces + len(kinds) > self._limits.namespaces:
             raise Refused(f"there are {self._namespaces} namespaces already (limits.namespaces)")
         if Namespace.USER in kinds and maps is not None:
             parse_maps(maps.uid, maps.gid)
@@ -168,12 +160,13 @@ class Registry:
             # The keeper works on its part while we work on ours.
             for kind in kinds:
                 if not self._maker.makes(kind):
-                    theirs = maps if kind is Namespace.USER else None
-                    ordered.append(self._keeper.order(kind, name, theirs))
+                    record = self._keeper.order(kind, name)
+                    ordered.append(record)
             for kind in kinds:
                 if self._maker.makes(kind):
-                    fd = self._maker.make(kind)
-                    made.append(self._keeper.hold(kind, name, None, (fd,)))
+                    fd = self._maker.make(kind, maps)
+                    its_maps = maps if kind is Namespace.USER else None
+                    made.append(self._keeper.hold(kind, name, its_maps, (fd,)))
         except OSError as error:
             problem = error
         for record in ordered:
@@ -182,25 +175,26 @@ class Registry:
             except OSError as error:
                 problem = problem or error
         if problem is not None:
-            self._undo(made)
+            for record in made:
+                self._keeper.drop(record)
             raise problem
         return made
 
-    def _undo(self, made: Iterable[Record]) -> None:
-        for record in made:
-            self._keeper.drop(record)
-
     def _new_lease(self, entry: _Entry) -> int:
         """Return a write end of the name's pipe."""
-        if entry.lease is not None:
-            path = f"/proc/self/fd/{entry.lease.descriptors[0]}"
+        if (held := entry.records.get(_LEASE)) is not None:
+            path = f"/proc/self/fd/{held.descriptors[0]}"
             write_end = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         else:
             read_end, write_end = os.pipe2(os.O_CLOEXEC)
+            record: Record | None = None
             try:
-                self._add(entry, self._keeper.hold(None, entry.name, None, (read_end,)))
+                record = self._keeper.hold(None, entry.name, None, (read_end,))
+                self._add(entry, record)
             except OSError:
                 os.close(write_end)
+                if record is not None:
+                    self._drop(entry, record)
                 raise
         entry.leases += 1
         return write_end
@@ -213,50 +207,49 @@ class Registry:
         if entry is None:
             entry = self._entries[record.name] = _Entry(record.name, record.since)
         # It died while it replaced a PID namespace or a lease.
-        double = entry.lease if record.kind is None else entry.find(record.kind, record.maps)
-        if double is not None:
+        if (double := entry.records.get(_key(record))) is not None:
             self._drop(entry, double)
         self._add(entry, record)
         if record.kind is None:
             entry.leases = int(not _is_ready(record.descriptors[0], select.POLLHUP))
 
     def _add(self, entry: _Entry, record: Record) -> None:
-        entry.add(record)
-        self._namespaces += record.kind is not None
         if record.kind is None:
             self._watch.add_event(record.descriptors[0], 0, partial(self._hung_up, entry))
         elif record.kind is Namespace.PID:
             died = partial(self._init_died, entry)
             self._watch.add_event(record.descriptors[1], select.EPOLLIN, died)
+        entry.records[_key(record)] = record
+        self._namespaces += record.kind is not None
 
     def _drop(self, entry: _Entry, record: Record) -> None:
-        entry.rights.clear()
-        self._namespaces -= record.kind is not None
-        if record.kind is None:
-            self._watch.remove(record.descriptors[0])
-        elif record.kind is Namespace.PID:
-            self._watch.remove(record.descriptors[1])
+        """End a record, whether it has been added or not."""
+        if entry.records.pop(_key(record), None) is not None:
+            entry.rights.clear()
+            self._namespaces -= record.kind is not None
+        for fd in record.descriptors:
+            self._watch.remove(fd)
         self._keeper.drop(record)
 
     def _hung_up(self, entry: _Entry) -> None:
         """Begin to count when the last lease was closed, and no other one given out since."""
-        if entry.lease and _is_ready(entry.lease.descriptors[0], select.POLLHUP):
+        if _is_ready(entry.records[_LEASE].descriptors[0], select.POLLHUP):
             entry.leases = 0
             self._expiry.start(entry.name)
 
     def _init_died(self, entry: _Entry) -> None:
         """Forget a PID namespace in which nothing can be started any more."""
-        self._drop(entry, entry.namespaces.pop(Namespace.PID))
+        self._drop(entry, entry.records[Namespace.PID, None])
 
     def _end(self, name: bytes) -> None:
         entry = self._entries.pop(name)
-        for record in entry.records():
+        for record in tuple(entry.records.values()):
             self._drop(entry, record)
 
 
 def _rights(entry: _Entry, request: Request) -> bytes:
-    found = (entry.find(kind, request.maps) for kind in request.namespaces)
-    return array.array("i", [record.descriptors[0] for record in found if record]).tobytes()
+    descriptors = [record.descriptors[0] for record in entry.find(request) if record]
+    return array.array("i", descriptors).tobytes()
 
 
 def _is_ready(fd: int, event: int) -> bool:

@@ -91,6 +91,7 @@ class Server:
         self.use(settings)
         for listener in self._listeners:
             listener.setblocking(False)
+            linux.refuse_descriptors(listener)
             self._listen(listener)
 
     def use(self, settings: Settings) -> None:
@@ -106,7 +107,8 @@ class Server:
     def accept(self) -> None:
         """Take in who has connected until now: they would be lost if their listener was closed."""
         for listener in self._listeners:
-            self._accept(listener)
+            while self._accept(listener):
+                pass
 
     def close(self) -> None:
         """Answer what has been asked, and close all connections."""
@@ -129,22 +131,24 @@ class Server:
             self._spare = _open_spare()
         self._watch.add_request(listener.fileno(), select.EPOLLIN, partial(self._accept, listener))
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket) -> bool:
+        """Accept connections; whether there may be more."""
         for _ in range(_AT_ONCE):
             try:
                 end = listener.accept()[0]
             except BlockingIOError:
-                return
+                return False
             except OSError as error:
                 if error.errno in _NO_DESCRIPTOR:
                     self._turn_away(listener, error)
-                    return
+                    return False
                 continue  # the client has gone again
             try:
                 self._connected(end)
             except OSError as error:
-                _log.warning("a connection is lost: %s", error.strerror)
-                end.close()
+                with suppress(OSError), end:
+                    _dismiss(end, f"no connection: {error.strerror}")
+        return True
 
     def _turn_away(self, listener: socket.socket, problem: OSError) -> None:
         """Tell a client that we have no descriptor for it, with the help of one set aside."""
@@ -166,14 +170,15 @@ class Server:
         if connection.access is None:
             if len(self._strangers) >= _STRANGERS_MAX:
                 self._drop(next(iter(self._strangers)))
-            self._strangers[connection] = None
         elif len(self._connections) - len(self._strangers) >= self._limits.connections:
             self._complain(connection.uid, "too many connections (limits.connections)")
             _dismiss(end, "there are too many connections (limits.connections)")
             end.close()
             return
-        self._connections[connection] = None
         self._watch.add_request(end.fileno(), select.EPOLLIN, partial(self._serve, connection))
+        self._connections[connection] = None
+        if connection.access is None:
+            self._strangers[connection] = None
 
     def _drop(self, connection: _Connection) -> None:
         if connection in self._connections:
@@ -242,8 +247,7 @@ class Server:
             elif request.status:
                 answer = pack_response(Response(status=self._describe()))
             else:
-                if not access.root:
-                    access.check(request)
+                access.check(request)
                 rights, lease = self._registry.obtain(request)
                 answer = _granted(request.namespaces, request.lease)
         except (Refused, BadMap, OSError) as error:

@@ -55,4 +55,4 @@ def _is_init(pid: int, init: Path, address: str) -> bool:
         return False  # the last one before it has named itself
     arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     program = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")  # by an upgrade
-    return program == str(init) and arguments[1:2] == [os.fsencode(address)]
+    return program == str(init.resolve()) and arguments[1:2] == [os.fsencode(address)]

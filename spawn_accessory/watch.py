@@ -58,6 +58,8 @@ class Watch:
             for fd, _ in ready:
                 if callback := self._events.get(fd):
                     callback()
+            if len(ready) == _AT_ONCE:
+                self.look()  # there may be more
             for fd, _ in ready:
                 if callback := self._requests.get(fd):
                     callback()

@@ -125,10 +125,16 @@ class Namespaces:
 
         A PID namespace is only for children that are forked from now on. A mount namespace brings
         its own root and working directory. A user namespace leaves the ids as they are, and gives
-        all capabilities in it. See setns(2), also for what a process with threads cannot join.
-        OSError names what could not be joined; those before it, in the order ipc, uts, net,
-        cgroup, time, pid, mount, user, have been.
+        all capabilities in it; before it is joined, nobody in there should be able to trace the
+        process (PR_SET_DUMPABLE in prctl(2)). See setns(2), also for what a process with threads
+        cannot join.
+
+        ValueError if a KIND is unknown. OSError names what could not be joined; those before it, in
+        the order ipc, uts, net, cgroup, time, pid, mount, user, have been.
         """
+        for name in kinds:
+            if name not in _ENTERING:
+                raise ValueError(f"{name!r} is no kind of namespace")
         for name, kind in _ENTERING.items():
             descriptor = getattr(self, name)
             if descriptor is None or (kinds and name not in kinds):

@@ -49,6 +49,7 @@ def run(namespaces: Namespaces, ids: Ids, command: Sequence[str]) -> int:
 
     It is 128 and the number of the signal if one killed it. OSError if it cannot be started.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would never come
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ATTENDED)
     if namespaces.pid is not None:
         namespaces.enter("pid")
@@ -85,6 +86,9 @@ def _become(
 ) -> NoReturn:
     """Replace this process by the command."""
     try:
+        # In the namespaces we are seen, and are the host's root until we are somebody else: those
+        # who are root in there must not get hold of us. Executing the command ends that.
+        linux.forbid_tracing()
         _enter(namespaces, ids)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python has ignored them
             signal.signal(number, signal.SIG_DFL)

@@ -1,5 +1,5 @@
 // Holds the accessory daemon's namespaces while the daemon is restarted, and makes those that need a
-// process of their own.
+// program of their own: PID namespaces with their inits, mount and time namespaces.
 //
 // Called as: cm4all-spawn-keeper INIT ADDRESS, with a SOCK_SEQPACKET socket as descriptor 0. INIT is
 // the program that becomes the first process of each PID namespace. When nobody holds the other end
@@ -101,6 +101,9 @@ static int keep(const struct message *message)
 		records = larger;
 		n_records = n;
 	}
+	// MAKE may have waited for us so long that its slot was given to another one.
+	if (records[slot].text != NULL && records[slot].header.since > message->header.since)
+		return ESTALE;
 	char *text = malloc(message->length + 1);
 	if (text == NULL)
 		return ENOMEM;
@@ -152,15 +155,6 @@ static int open_mount_or_time(void *argument)
 	_exit(0);
 }
 
-static int wait_for_end(void *argument)
-{
-	const pid_t *keeper = argument;
-	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	while (getppid() == *keeper)
-		pause();
-	_exit(0);
-}
-
 static int open_namespace(pid_t pid, const char *name)
 {
 	char path[64];
@@ -194,48 +188,6 @@ static int make_pid(struct message *message)
 	return 0;
 }
 
-static int write_map(pid_t pid, const char *file, const char *map)
-{
-	if (*map == '\0')
-		return 0;
-	char path[64];
-	snprintf(path, sizeof path, "/proc/%d/%s", pid, file);
-	const int fd = open(path, O_WRONLY | O_CLOEXEC);
-	if (fd < 0)
-		return errno;
-	const int error = write(fd, map, strlen(map)) < 0 ? errno : 0;
-	close(fd);
-	return error;
-}
-
-static int make_user(struct message *message)
-{
-	const char *uid_map = message->text + strlen(message->text) + 1;
-	if (uid_map > message->text + message->length)
-		return EINVAL;
-	const char *gid_map = uid_map + strlen(uid_map) + 1;
-	if (gid_map > message->text + message->length)
-		return EINVAL;
-	pid_t keeper = getpid();
-	const pid_t pid = clone(wait_for_end, stack + sizeof stack,
-				CLONE_VM | CLONE_FILES | CLONE_NEWUSER | SIGCHLD, &keeper);
-	if (pid < 0)
-		return errno;
-	int error = write_map(pid, "uid_map", uid_map);
-	if (error == 0)
-		error = write_map(pid, "gid_map", gid_map);
-	if (error == 0) {
-		message->descriptors[0] = open_namespace(pid, "user");
-		error = message->descriptors[0] < 0 ? errno : 0;
-		message->count = error == 0;
-	}
-	// Before anybody else has the namespace, and could trace what shares our memory.
-	kill(pid, SIGKILL);
-	while (waitpid(pid, NULL, 0) < 0 && errno == EINTR)
-		;
-	return error;
-}
-
 static int make_mount_or_time(struct message *message)
 {
 	struct child child = { .flag = message->header.kind, .descriptor = -1, .error = EIO };
@@ -255,8 +207,6 @@ static int make(struct message *message)
 	switch (message->header.kind) {
 	case CLONE_NEWPID:
 		return make_pid(message);
-	case CLONE_NEWUSER:
-		return make_user(message);
 	case CLONE_NEWNS:
 	case CLONE_NEWTIME:
 		return make_mount_or_time(message);
@@ -400,6 +350,9 @@ int main(int argc, char **argv)
 	address = argv[2];
 	prctl(PR_SET_NAME, "spawn-keeper");
 	signal(SIGCHLD, SIG_IGN); // nobody asks how an init ended
+	signal(SIGHUP, SIG_IGN);  // which is for the daemon
+	if (chdir("/") < 0)
+		return 1;
 	if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
 		limit.rlim_cur = limit.rlim_max;
 		setrlimit(RLIMIT_NOFILE, &limit);

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 import pytest
 
 from spawn_accessory.namespaces import Maker
-from spawn_accessory.protocol import Namespace
+from spawn_accessory.protocol import Maps, Namespace
+from spawn_common import linux
 from tests.tools.accessory import Accessory, own_namespaces
 from tests.tools.harness import DEADLINE
 
-MADE = [Namespace.IPC, Namespace.NET, Namespace.UTS, Namespace.CGROUP]
+MADE = [Namespace.IPC, Namespace.NET, Namespace.UTS, Namespace.CGROUP, Namespace.USER]
+MAPS = Maps(b"0 100000 1", b"0 100000 1")
 
 
 @pytest.fixture
@@ -32,12 +34,22 @@ def maker() -> Iterator[Maker]:
 
 @pytest.mark.parametrize("kind", MADE)
 def test_each_one_is_new_and_we_are_not_in_it(maker: Maker, kind: Namespace) -> None:
-    made = [maker.make(kind) for _ in range(3)]
+    made = [maker.make(kind, MAPS) for _ in range(3)]
     inodes = {os.fstat(fd).st_ino for fd in made}
     assert len(inodes) == 3
     assert os.stat(f"/proc/self/ns/{kind.name.lower()}").st_ino not in inodes
     for fd in made:
         os.close(fd)
+
+
+def test_of_the_process_that_a_user_namespace_takes_nothing_is_left(maker: Maker) -> None:
+    processors = os.sched_getaffinity(0)
+    os.close(maker.make(Namespace.USER, MAPS))
+    with pytest.raises(OSError, match="Invalid argument"):
+        maker.make(Namespace.USER, Maps(b"0 0 0", b""))
+    assert os.sched_getaffinity(0) == processors
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, linux.WALL | os.WNOHANG)
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -46,7 +58,7 @@ def test_without_a_free_descriptor_we_are_back_too(maker: Maker, kind: Namespace
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
         with pytest.raises(OSError, match="Too many open files") as caught:
-            maker.make(kind)
+            maker.make(kind, MAPS)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert caught.value.errno == errno.EMFILE
@@ -65,7 +77,7 @@ atexit.register(print, "cleaned up in a foreign namespace", flush=True)
 maker = Maker()
 linux.setns = refuse
 try:
-    maker.make(Namespace.IPC)
+    maker.make(Namespace.IPC, None)
 finally:
     print("went on in a foreign namespace", flush=True)
 """
