@@ -11,6 +11,7 @@ children.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -44,7 +45,8 @@ _MESSAGE_MAX: Final = 8192
 _DESCRIPTORS_MAX: Final = 2
 _KINDS: Final = frozenset((0, *Namespace))
 _TIMEOUT: Final = struct.pack("@ll", 10, 0)
-_SENDING: Final = int(socket.MSG_NOSIGNAL)
+_PAUSE: Final = 1.0  # seconds, before another keeper is tried again
+_WAITING: Final = int(socket.MSG_NOSIGNAL)
 _TRYING: Final = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
 
@@ -99,6 +101,7 @@ class Keeper:
         self._queue: socket.socket | None = None
         self._untold: dict[int, Record] = {}  # what a new keeper has not been told yet
         self._undropped: list[bytes] = []
+        self._hangs = False
         for old in olds:
             if self._socket is None:
                 self._try_to_take_over(old)
@@ -117,27 +120,27 @@ class Keeper:
         self, kind: Namespace | None, name: bytes, maps: Maps | None, descriptors: tuple[int, ...]
     ) -> Record:
         """Keep descriptors, which belong to us from now on."""
-        record = msgspec.structs.replace(self._new(kind, name, maps), descriptors=descriptors)
+        record = self._new(kind, name, maps, descriptors)
         self._records[record.slot] = record
         try:
             self._enqueue(record)
-        except OSError:
+        except OSError as error:
             del self._records[record.slot]
             self._free.append(record.slot)
             _close(descriptors)
-            raise
+            raise _unreachable(error) from None
         return record
 
     def order(self, kind: Namespace, name: bytes) -> Record:
         """Ask for a new PID, mount or time namespace; ``collect`` returns it."""
-        record = self._new(kind, name, None)
+        record = self._new(kind, name, None, ())
         self._ordered.append(record)
         try:
             self._send(record)
-        except OSError:
+        except OSError as error:
             self._ordered.remove(record)
             self._free.append(record.slot)
-            raise
+            raise _unreachable(error) from None
         return record
 
     def collect(self, ordered: Record) -> Record:
@@ -170,13 +173,7 @@ class Keeper:
         self._untold.pop(record.slot, None)
         _close(record.descriptors)
         self._free.append(record.slot)
-        self._undropped.append(record.header(_DROP))
-        try:
-            self._tell_drops(_TRYING)
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            _log.error("the keeper cannot be told what to end: %s", error.strerror)
+        self._tell_drop(record)
 
     def close(self) -> None:
         """Close our descriptors. The keeper goes on if somebody else holds its socket."""
@@ -185,9 +182,12 @@ class Keeper:
             _close(record.descriptors)
         self._records.clear()
 
-    def _new(self, kind: Namespace | None, name: bytes, maps: Maps | None) -> Record:
+    def _new(
+        self, kind: Namespace | None, name: bytes, maps: Maps | None, descriptors: tuple[int, ...]
+    ) -> Record:
         slot = self._free.pop() if self._free else len(self._records) + len(self._ordered)
-        return Record(slot, kind, name, maps, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+        since = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        return Record(slot, kind, name, maps, since, descriptors)
 
     # Messages
 
@@ -207,10 +207,14 @@ class Keeper:
         except ConnectionError:
             self._replace()  # tells the new one of everything
 
-    def _try_to_send(self, parts: Iterable[bytes], flags: int = _SENDING) -> None:
+    def _try_to_send(self, parts: Iterable[bytes], *, wait: bool = True) -> None:
         if self._socket is None:
             raise _ended()
-        self._socket.sendmsg(parts, (), flags)
+        self._socket.sendmsg(parts, (), self._flags(wait=wait))
+
+    def _flags(self, *, wait: bool = True) -> int:
+        """Return the flags for a message: nobody waits twice for a keeper that hangs."""
+        return _WAITING if wait and not self._hangs else _TRYING
 
     def _try_to_enqueue(self, record: Record) -> None:
         if self._queue is None:
@@ -222,12 +226,29 @@ class Keeper:
             self._queue.sendmsg(parts, rights, _TRYING)
         except BlockingIOError:
             self._try_to_send((_HEADER.pack(_READ, 0, 0, 0, 0),))
-            self._queue.sendmsg(parts, rights, _SENDING)
+            self._queue.sendmsg(parts, rights, self._flags())
 
-    def _tell_drops(self, flags: int) -> None:
+    def _tell_drop(self, record: Record) -> None:
+        self._undropped.append(record.header(_DROP))
+        self._try_to_tell_drops()
+
+    def _try_to_tell_drops(self) -> None:
+        """Tell what shall end; go on when there is room if there is none now."""
+        try:
+            self._tell_drops(wait=False)
+        except BlockingIOError:
+            self._wait_for(select.EPOLLIN | select.EPOLLOUT)
+        except OSError as error:
+            _log.error("the keeper cannot be told what to end: %s", error.strerror)
+
+    def _wait_for(self, events: int) -> None:
+        if self._socket is not None:
+            self._watch.change_event(self._socket.fileno(), events)
+
+    def _tell_drops(self, *, wait: bool) -> None:
         while self._undropped:
             try:
-                self._try_to_send((self._undropped[0],), flags)
+                self._try_to_send((self._undropped[0],), wait=wait)
             except ConnectionError:
                 self._replace()
                 return
@@ -236,7 +257,7 @@ class Keeper:
     def _catch_up(self) -> None:
         """Tell the keeper what it has not been told when it was time."""
         if self._untold or self._undropped:
-            self._tell_drops(_SENDING)
+            self._tell_drops(wait=True)
             while self._untold:
                 slot, record = next(iter(self._untold.items()))
                 self._try_to_enqueue(record)
@@ -253,23 +274,24 @@ class Keeper:
                         return header.error, descriptors
                     _close(descriptors)  # of one that came too late
             except BlockingIOError:
-                self._try_to_send((ordered.header(_DROP),))
+                self._hangs = True
+                self._tell_drop(ordered)
                 return errno.ETIMEDOUT, ()
             except _Truncated:
-                self._try_to_send((ordered.header(_DROP),))
+                self._tell_drop(ordered)
                 return errno.EMFILE, ()
             except ConnectionError:
                 self._replace()
-        with suppress(OSError):
-            self._try_to_send(
-                (ordered.header(_DROP),)
-            )  # it was ordered again, and nobody waits for it
+        self._tell_drop(ordered)  # the last keeper was asked again
         return errno.ECONNRESET, ()
 
     def _receive(self) -> tuple[_Header, bytes, tuple[int, ...]]:
         if self._socket is None:
             raise _ended()
-        return _receive(self._socket)
+        flags = socket.MSG_DONTWAIT if self._hangs else 0
+        message = _receive(self._socket, flags)
+        self._hangs = False
+        return message
 
     # The process
 
@@ -312,24 +334,32 @@ class Keeper:
             self._queue.close()
             self._queue = None
 
-    def _readable(self) -> None:
-        """Replace the keeper if it has died."""
-        with suppress(ConnectionError):
-            try:
-                if self._socket and self._socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK):
-                    return  # an answer that nobody waits for any more
-            except BlockingIOError:
-                return
+    def _ready(self) -> None:
+        """Look at the socket: take answers that nobody waits for, and replace a dead keeper."""
+        try:
+            while self._socket is not None:
+                with suppress(_Truncated):
+                    _close(_receive(self._socket, socket.MSG_DONTWAIT)[2])
+                self._hangs = False
+        except BlockingIOError:
+            if self._undropped:
+                self._wait_for(select.EPOLLIN)
+                self._try_to_tell_drops()
+            return
+        except ConnectionError:
+            pass
         try:
             self._replace()
         except OSError as error:
             _log.error("the keeper has died, and there is no other: %s", error.strerror)
+            asyncio.get_running_loop().call_later(_PAUSE, self._ready)
 
     def _replace(self) -> None:
         """Start another keeper, and tell it of everything."""
         _log.warning("the keeper has died; starting another")
         self._forget_sockets()
         self._start()
+        self._hangs = False
         self._untold = dict(self._records)
         self._undropped.clear()
         self._catch_up()
@@ -355,12 +385,14 @@ class Keeper:
         except ConnectionError:
             end.close()
             return False
+        except BlockingIOError as error:
+            raise _unreachable(error) from None
         _limit_descriptors(limit)
         if records:
             self._records = records
             self._free = [slot for slot in range(max(records)) if slot not in records]
         self._socket, self._queue = end, queue
-        self._watch.add_event(end.fileno(), select.EPOLLIN, self._readable)
+        self._watch.add_event(end.fileno(), select.EPOLLIN, self._ready)
         return True
 
 
@@ -378,7 +410,7 @@ def _take_over(end: socket.socket) -> tuple[dict[int, Record], socket.socket, in
     nonce = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     records: dict[int, Record] = {}
     try:
-        _prepared(end).sendmsg([_HEADER.pack(_ALL, 0, 0, 0, nonce)], (), _SENDING)
+        _prepared(end).sendmsg([_HEADER.pack(_ALL, 0, 0, 0, nonce)], (), _WAITING)
         while True:
             header, text, descriptors = _receive(end)
             if header.operation == _ALL and header.since == nonce:
@@ -436,19 +468,19 @@ def _record(header: _Header, text: bytes, descriptors: tuple[int, ...]) -> Recor
     )
 
 
-def _receive(end: socket.socket) -> tuple[_Header, bytes, tuple[int, ...]]:
+def _receive(end: socket.socket, flags: int = 0) -> tuple[_Header, bytes, tuple[int, ...]]:
     """Return header, text and descriptors of the next message; ConnectionError if none can come.
 
     _Truncated if we had no room for all its descriptors.
     """
-    data, rights, flags, _ = end.recvmsg(
-        _MESSAGE_MAX, socket.CMSG_SPACE(4 * _DESCRIPTORS_MAX), socket.MSG_CMSG_CLOEXEC
+    data, rights, received, _ = end.recvmsg(
+        _MESSAGE_MAX, socket.CMSG_SPACE(4 * _DESCRIPTORS_MAX), socket.MSG_CMSG_CLOEXEC | flags
     )
     descriptors: tuple[int, ...] = ()
     for level, kind, content in rights:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors = struct.unpack(f"={len(content) // 4}i", content)
-    if flags & socket.MSG_CTRUNC:
+    if received & socket.MSG_CTRUNC:
         _close(descriptors)
         raise _Truncated(errno.EMFILE, os.strerror(errno.EMFILE))
     if len(data) < _HEADER.size:
@@ -466,9 +498,23 @@ def _ended() -> ConnectionResetError:
     return ConnectionResetError(errno.ECONNRESET, "the keeper has ended")
 
 
+def _unreachable(error: OSError) -> OSError:
+    """Return what to tell a client about an error on the way to the keeper."""
+    if isinstance(error, BlockingIOError):
+        return OSError(errno.ETIMEDOUT, "the keeper does not answer")
+    if isinstance(error, ConnectionError):
+        return _ended()
+    return error
+
+
 def _failure(ordered: Record, number: int) -> OSError:
     assert ordered.kind is not None
     if number == errno.ENOSPC:
         return limit_reached(ordered.kind)
-    reason = os.strerror(number) if number else "out of descriptors"
+    reasons = {
+        0: "out of descriptors",
+        errno.ETIMEDOUT: "the keeper does not answer",
+        errno.ECONNRESET: "the keeper has ended",
+    }
+    reason = reasons.get(number) or os.strerror(number)
     return OSError(number or errno.EMFILE, f"no {ordered.kind.name} namespace: {reason}")

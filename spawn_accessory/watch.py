@@ -35,6 +35,10 @@ class Watch:
         self._epoll.register(fd, events | select.EPOLLET)
         self._events[fd] = callback
 
+    def change_event(self, fd: int, events: int) -> None:
+        """Wait for other EVENTS on FD from now on; those that are there already count."""
+        self._epoll.modify(fd, events | select.EPOLLET)
+
     def add_request(self, fd: int, events: int, callback: Callable[[], object]) -> None:
         """Call CALLBACK for as long as there is one of EVENTS (EPOLL*) on FD."""
         self._epoll.register(fd, events)
