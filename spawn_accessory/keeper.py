@@ -258,6 +258,7 @@ class Keeper:
         """Tell the keeper what it has not been told when it was time."""
         if self._untold or self._undropped:
             self._tell_drops(wait=True)
+            self._wait_for(select.EPOLLIN)
             while self._untold:
                 slot, record = next(iter(self._untold.items()))
                 self._try_to_enqueue(record)

@@ -164,6 +164,7 @@ class Server:
 
     def _connected(self, end: socket.socket) -> None:
         end.setblocking(False)
+        linux.refuse_descriptors(end)  # who connected before a listener did has not got that
         # Then a truncated control message can only be one with descriptors.
         end.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
         connection = _Connection(end, linux.peer_credentials(end)[1], self._policy.access(end))

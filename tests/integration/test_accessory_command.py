@@ -44,6 +44,11 @@ def is_served(address: str) -> bool:
         return answer.packets[0][0] == STATUS_TEXT
 
 
+def listens(address: str) -> bool:
+    """Whether a socket is bound to ADDRESS, which is abstract."""
+    return f"{address}\n" in Path("/proc/net/unix").read_text()
+
+
 @pytest.fixture(name="settings")
 def settings_file(tmp_path: Path) -> Path:
     return tmp_path / "accessory.toml"
@@ -252,15 +257,32 @@ def test_a_signal_to_end_is_a_good_end(
     assert stopped_accessory.errors() == []
 
 
+def test_hang_ups_at_any_moment_after_the_daemon_listens_do_not_end_it(
+    stopped_accessory: Accessory,
+) -> None:
+    accessory = stopped_accessory
+    for _ in range(5):
+        accessory.begin()
+        wait_for("it listens", lambda: listens(accessory.address))
+        process = accessory.process
+        assert process is not None
+
+        def is_ready(process: subprocess.Popen[bytes] = process) -> bool:
+            process.send_signal(signal.SIGHUP)
+            assert process.poll() is None, accessory.errors()
+            return "READY=1" in accessory.manager.notifications
+
+        wait_for("it is ready", is_ready)
+        assert is_served(accessory.address)
+        accessory.stop()
+    assert accessory.errors() == []
+
+
 def test_without_a_service_manager_everything_ends_with_the_daemon() -> None:
     address = f"@cm4all-spawn-test-{os.urandom(6).hex()}"
     environment = {name: os.environ[name] for name in os.environ if name != "NOTIFY_SOCKET"}
     with subprocess.Popen([PROGRAM, "--listen", address], env=environment) as process:
-
-        def listens() -> bool:
-            return f"@{address[1:]}\n" in Path("/proc/net/unix").read_text()
-
-        wait_for("it listens", listens)
+        wait_for("it listens", lambda: listens(address))
         with Client(address) as client, client.ask((NAME, b"a"), (3, b"")) as answer:
             assert len(answer.fds) == 1
             namespace = f"pid:[{answer.inodes()[0]}]"

@@ -5,15 +5,22 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from spawn_accessory.policy import Policy
+from spawn_accessory.settings import Settings
+from spawn_common import linux
 from tests.tools.accessory import Accessory, running_accessory
-from tests.tools.harness import wait_for
+from tests.tools.harness import Host, wait_for
 from tests.tools.peers import CAP_SYS_ADMIN, Who, ask_as, connections_of
 from tests.tools.wire import (
     CGROUP,
@@ -39,6 +46,7 @@ from tests.tools.wire import (
 NOBODY = 65534
 # <linux/capability.h>
 CAP_DAC_OVERRIDE = 1 << 1
+CAP_SETGID = 1 << 6
 CAP_SETUID = 1 << 7
 CAP_NET_ADMIN = 1 << 12
 CAP_SYS_PTRACE = 1 << 19
@@ -137,8 +145,9 @@ def test_an_allowed_user_has_the_names_of_the_rule_and_no_others(
         Who(3100, gid=4001),
         Who(3100, groups=(4000, 4001, 4003)),
         Who(3100, groups=(2,)),
+        Who(3100, groups=(*range(5000, 6000), 4001)),
     ],
-    ids=["by number", "as a further one", "by name"],
+    ids=["by number", "as a further one", "by name", "among many"],
 )
 def test_members_of_an_allowed_group_have_the_names_of_the_rule(
     guarded: Accessory, who: Who
@@ -196,15 +205,69 @@ def test_an_allowed_user_may_ask_for_the_status(guarded: Accessory) -> None:
 # Privileges
 
 
+ADMINISTRATOR = CAP_SYS_ADMIN | CAP_SETUID | CAP_SETGID  # what the kernel wants for any map
+
+
 def test_who_has_cap_sys_admin_is_served_as_if_it_did_it_itself(
     guarded: Accessory, root: Client
 ) -> None:
-    who = Who(NOBODY, capabilities=CAP_SYS_ADMIN)
+    who = Who(NOBODY, capabilities=ADMINISTRATOR)
     requests = (((NAME, b"admin"), *ALL, (LEASE, b"")), ((LIST, b""),), ((STATUS, b""),))
     asked = ask_as(who, guarded.address, *requests)
-    assert (asked.uid, asked.capabilities) == (NOBODY, CAP_SYS_ADMIN)
+    assert (asked.uid, asked.capabilities) == (NOBODY, ADMINISTRATOR)
     assert asked.counts() == [len(ALL) + 1, 0, 0]
     assert b"admin" in root.names()
+
+
+@pytest.mark.parametrize(
+    "capabilities",
+    [CAP_SYS_ADMIN, CAP_SYS_ADMIN | CAP_SETUID, CAP_SYS_ADMIN | CAP_SETGID],
+    ids=["neither", "CAP_SETUID", "CAP_SETGID"],
+)
+def test_who_may_not_map_ids_itself_gets_no_user_namespace(
+    guarded: Accessory, root: Client, capabilities: int
+) -> None:
+    name = (NAME, b"no-maps")
+    without = tuple(packet for packet in ALL if packet[0] != USER)
+    requests = ((name, *ALL), (name, (USER, b"\0")), (name, *without, (LEASE, b"")))
+    with root.ask(name, (USER, MAPS)):  # also not if there is one already
+        asked = ask_as(Who(NOBODY, capabilities=capabilities), guarded.address, *requests)
+    refused = [(ERROR, b"only who has CAP_SETUID and CAP_SETGID may map ids")]
+    assert asked.answers[:2] == [(refused, [])] * 2
+    assert asked.counts() == [0, 0, len(ALL)]
+
+
+CONNECT_AND_EXECUTE = """
+import os, socket, sys
+os.setgroups([])
+os.setresgid(60001, 60001, 60001)
+os.setresuid(60001, 60001, 60001)
+connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+connection.connect(sys.argv[1])
+os.execv(sys.argv[2], ["sleep", "1000"])
+"""
+
+
+def test_who_executes_a_set_user_id_program_is_no_administrator(host: Host) -> None:
+    program = host.directory / "sleep"
+    shutil.copy("/bin/sleep", program)
+    program.chmod(0o4755)
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        listener.bind(str(host.directory / "socket"))
+        os.chmod(listener.getsockname(), 0o666)
+        listener.settimeout(30)
+        listener.listen()
+        code = CONNECT_AND_EXECUTE
+        command = [sys.executable, "-c", code, listener.getsockname(), str(program)]
+        process = stack.enter_context(subprocess.Popen(command))
+        stack.callback(process.kill)
+        peer = stack.enter_context(listener.accept()[0])
+        assert linux.peer_credentials(peer) == (process.pid, 60001, 60001)
+        executed = Path(f"/proc/{process.pid}/exe")
+        wait_for("it is executed", lambda: executed.readlink() == program)
+        assert linux.effective_capabilities(process.pid) & CAP_SYS_ADMIN
+        assert Policy(Settings()).access(peer) is None
 
 
 def test_other_capabilities_are_not_enough(guarded: Accessory) -> None:
@@ -242,7 +305,7 @@ ALLOWED_MAPS = [MAPS, b"0 1 4294967290\x000 1 1", b"\0", b"0 100000 1\n1 200000 
 
 
 @pytest.mark.parametrize(
-    "who", [Who(3002), Who(NOBODY, capabilities=CAP_SYS_ADMIN)], ids=["allowed", "CAP_SYS_ADMIN"]
+    "who", [Who(3002), Who(NOBODY, capabilities=ADMINISTRATOR)], ids=["allowed", "administrator"]
 )
 def test_only_root_may_map_the_hosts_root(guarded: Accessory, root: Client, who: Who) -> None:
     name = (NAME, b"maps-" + os.urandom(4).hex().encode())
@@ -388,6 +451,23 @@ def test_beyond_the_limit_of_namespaces_none_is_made(accessory: Accessory) -> No
             assert len(answer.fds) == 1
         (full,) = client.ask((NAME, b"a"), (USER, b"\0")).packets
         assert full == (ERROR, b"there are 4 namespaces already (limits.namespaces)")
+
+
+def test_what_exists_is_served_below_a_limit_that_came_later(accessory: Accessory) -> None:
+    with accessory.client() as client:
+        with client.ask((NAME, b"a"), *ALL) as answer:
+            made = answer.inodes()
+        reload(accessory, "[limits]\nnamespaces = 2\nnames = 1")
+        for wanted in (ALL, ALL[:1], ((LEASE, b""),), (*ALL, (LEASE, b""))):
+            with client.ask((NAME, b"a"), *wanted) as answer:
+                assert len(answer.fds) == len(wanted)
+        accessory.stop()
+        accessory.start()
+    with accessory.client() as client:
+        with client.ask((NAME, b"a"), *ALL, (LEASE, b"")) as answer:
+            assert answer.inodes()[:-1] == made
+        reason = [(ERROR, b"there are 8 namespaces already (limits.namespaces)")]
+        assert client.ask((NAME, b"a"), (USER, b"\0")).packets == reason
 
 
 def test_a_namespace_whose_init_died_is_not_counted(accessory: Accessory) -> None:

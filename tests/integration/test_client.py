@@ -15,13 +15,14 @@ import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spawn_client.accessory import Accessory, AsyncAccessory, Namespaces, Refused
-from tests.tools.accessory import KINDS
+from tests.tools.accessory import KINDS, own_namespaces
 from tests.tools.accessory import Accessory as Daemon
 from tests.tools.harness import wait_for
 from tests.tools.native import ROOT
@@ -115,6 +116,19 @@ def test_what_cannot_be_entered_is_named(accessory: Daemon) -> None:
         os.dup2(namespaces.lease or -1, namespaces.ipc or -1)
         with pytest.raises(OSError, match="cannot enter the ipc namespace: Invalid argument"):
             namespaces.enter()
+
+
+def test_a_kind_that_does_not_exist_is_a_value_error_and_nothing_is_entered(
+    accessory: Daemon,
+) -> None:
+    before = own_namespaces(os.getpid())
+    with (
+        Accessory(accessory.address) as client,
+        client.namespaces("a", ipc=True) as namespaces,
+        pytest.raises(ValueError, match="'icp' is no kind of namespace"),
+    ):
+        namespaces.enter("ipc", "icp")
+    assert own_namespaces(os.getpid()) == before
 
 
 def test_what_the_daemon_says_is_the_error(stopped_accessory: Daemon) -> None:
@@ -303,6 +317,63 @@ def test_the_command_inherits_nothing_of_ours(accessory: Daemon) -> None:
     assert [line.split()[1] for line in signals] == ["0" * 16] * 2
 
 
+# Stops where the command's process, which others in its namespaces see already, is still root.
+STOPPING = """
+import os, sys
+from spawn_client.__main__ import main
+set_groups = os.setgroups
+def stop(groups):
+    print("ready", flush=True)
+    sys.stdin.readline()
+    set_groups(groups)
+os.setgroups = stop
+main()
+"""
+# The link can be read only by those who may trace the process (proc_pid_exe(5), ptrace(2)).
+TRACE = 'for n; do readlink "/proc/$n/exe" || echo "not $n"; done'
+
+
+def test_nobody_inside_can_trace_the_process_before_it_is_the_command(accessory: Daemon) -> None:
+    inside = ("alice", "--pid", "--user", "0 100000 65536", "--")
+    stopping = [sys.executable, "-c", STOPPING, "--address", accessory.address]
+    with (
+        running(accessory, *inside, "sh", "-c", HOLD) as traceable,
+        subprocess.Popen(
+            [*stopping, *inside, "true"], stdin=-1, stdout=-1, text=True, cwd=ROOT
+        ) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        pids = [pid_inside(client) for client in (traceable, process)]
+        lines = output(accessory, *inside, "sh", "-c", TRACE + " 2>&-", "sh", *pids)
+        process.communicate("\n")
+    assert process.returncode == 0
+    assert lines == [os.path.realpath("/bin/sh"), f"not {pids[1]}"]
+
+
+def pid_inside(client: subprocess.Popen[str]) -> str:
+    """Return which process the command is in its PID namespace."""
+    pid = Path(f"/proc/{client.pid}/task/{client.pid}/children").read_text().strip()
+    status = Path(f"/proc/{pid}/status").read_text()
+    return status.partition("\nNSpid:")[2].partition("\n")[0].split()[-1]
+
+
+def test_a_parent_that_ignores_the_end_of_its_children_is_no_problem(accessory: Daemon) -> None:
+    command = [
+        PROGRAM,
+        "--address",
+        accessory.address,
+        "alice",
+        "--ipc",
+        "--",
+        "sh",
+        "-c",
+        "exit 7",
+    ]
+    result = subprocess.run(["env", "--ignore-signal=CHLD", *command], check=False, timeout=10)
+    assert result.returncode == 7
+
+
 def test_that_the_pid_namespace_has_ended_is_told(accessory: Daemon) -> None:
     code = """if True:
         import sys
@@ -413,6 +484,5 @@ def test_help_and_version() -> None:
     lines = run("@", "--help").stdout
     for flag in (*FLAGS, "user", "list", "status", "json", "address", "timeout", "version"):
         assert f"--{flag}" in lines
-    declared = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert declared
-    assert run("@", "--version").stdout == f"cm4all-spawn-client {declared[1]}\n"
+    version = metadata.version("cm4all-spawn")
+    assert run("@", "--version").stdout == f"cm4all-spawn-client {version}\n"

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -108,8 +108,13 @@ def _main() -> None:
     (effective,) = (int(line.split()[1], 16) for line in lines if line.startswith("CapEff:"))
     print((os.geteuid(), effective))
     for request in wanted:
-        with Client(address) as client, client.ask(*request) as answer:
-            print((answer.packets, answer.inodes()))
+        with Client(address) as client:
+            with suppress(BrokenPipeError):  # it has been told something already
+                client.send(*request)
+            answer = client.receive()
+            assert answer is not None
+            with answer:
+                print((answer.packets, answer.inodes()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
 import socket
@@ -187,13 +188,13 @@ def test_a_peer_that_is_gone_is_no_administrator(peer: socket.socket, be: Be) ->
     assert policy().access(peer) is None
 
 
-def test_groups_that_cannot_be_had_leave_the_first_one(
+def test_groups_that_cannot_be_had_are_an_error_and_no_refusal(
     peer: socket.socket, be: Be, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: socket.socket) -> frozenset[int]:
-        raise OSError
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     be(3001, gid=6)
     monkeypatch.setattr(linux, "peer_groups", fail)
-    assert policy(Allow(groups=(6,))).access(peer) is not None
-    assert policy(Allow(groups=(7,))).access(peer) is None
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        policy(Allow(groups=(7,))).access(peer)
