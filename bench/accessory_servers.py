@@ -31,12 +31,24 @@ from tests.tools.native import build
 _QUIET: Final = 0.2  # seconds without CPU time that show that nothing is left to be done
 _PATIENCE: Final = 30.0  # seconds
 _TURNS: Final = 10
+_CLIENT: Final = 0
+_SERVER: Final = 1
 _PACKETS: Final = {
     "i": (wire.IPC, b""),
     "p": (wire.PID, b""),
     "u": (wire.USER, b"0 100000 65536\x000 100000 65536"),
     "l": (wire.LEASE, b""),
 }
+
+
+def _on_processor(number: int) -> list[str]:
+    """Return what to put before a command that shall run on one of our processors.
+
+    Clients run on one and servers on another: where the scheduler puts two processes that talk
+    changes each figure by up to five times, and it decides that anew all the time.
+    """
+    processors = sorted(os.sched_getaffinity(0))
+    return ["taskset", "-c", str(processors[number % len(processors)])]
 
 
 @contextmanager
@@ -53,6 +65,7 @@ def made_daemon(site: Site, name: str) -> Iterator[Accessory]:
     """Return a daemon that is not started yet; it ends with all that it made."""
     with _unusable(), tempfile.TemporaryDirectory(dir=site.folder) as directory:
         daemon = Accessory(Path(directory), Cgroup(site.cgroup).make(name), [])
+        daemon.wrapper = _on_processor(_SERVER)
         try:
             yield daemon
             traceback = [line for line in daemon.errors() if line.startswith("Traceback")]
@@ -80,7 +93,11 @@ def _start_floor(stack: ExitStack, cgroup: Cgroup, arguments: list[str]) -> str:
         listener.bind("")  # the kernel finds an abstract name
         listener.listen()
         program = _built("accessory_floor.c")
-        process = start(stack, [program, *arguments, INIT], stdin=listener.fileno())
+        process = start(
+            stack,
+            [*_on_processor(_SERVER), program, *arguments, str(INIT)],
+            stdin=listener.fileno(),
+        )
         # Nothing is made before the first request.
         (cgroup.directory / "cgroup.procs").write_text(str(process.pid))
         return "@" + os.fsdecode(listener.getsockname()[1:])
@@ -122,7 +139,7 @@ def start_asker(
     numbers = (str(len(kinds)), str(kinds.count("l")), str(seconds))
     return start(
         stack,
-        [_built("asker.c"), address, file.name, *numbers],
+        [*_on_processor(_CLIENT), _built("asker.c"), address, file.name, *numbers],
         stdin=stdin,
         stderr=subprocess.PIPE,
     )
