@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
 from spawn_common import linux
-from tests.tools.accessory import Accessory, make_accessory
+from tests.tools.accessory import Accessory, make_accessory, running_accessory
 from tests.tools.harness import Cgroup, Host
 from tests.tools.harness import host as make_host
+from tests.tools.minute import watch_for_a_minute
 from tests.tools.postgresql import Postgresql, running_server
 
 
@@ -47,6 +49,23 @@ def scope(host: Host) -> Iterator[Cgroup]:
     yield scope
     spawner.kill()
     spawner.wait()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what waits for the real time to pass behind everything else."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_minute(
+    request: pytest.FixtureRequest, usable_kernel: None
+) -> Iterator[Future[None] | None]:
+    """A minute in the life of an accessory, which passes while the other tests run."""
+    if not any(item.get_closest_marker("slow") for item in request.session.items):
+        yield None
+        return
+    with ThreadPoolExecutor(1) as executor, running_accessory("minute") as daemon:
+        yield executor.submit(watch_for_a_minute, daemon)
 
 
 @pytest.fixture
