@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
@@ -25,13 +24,7 @@ from spawn_accessory.server import Server
 from spawn_accessory.settings import Settings, check
 from spawn_accessory.watch import Watch
 from spawn_common import VERSION, sockets
-from spawn_common.command import (
-    Unusable,
-    Version,
-    die,
-    freeze_memory,
-    load_settings,
-)
+from spawn_common.command import Unusable, Version, freeze_memory, load_settings, reporting
 from spawn_common.service import Service
 
 _log = logging.getLogger("spawn_accessory")
@@ -45,16 +38,11 @@ _KEEPER: Final = "keeper"  # how the service manager calls the socket to the kee
 def main() -> None:
     """Run the command; the exit status is 0, or 1 for a problem, or 2 for wrong usage."""
     arguments = _parse_arguments()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+    with reporting(PROGRAM):
         if arguments.check:
             _check(arguments)
         else:
             asyncio.run(_serve(arguments))
-    except Unusable as error:
-        die(PROGRAM, *error.problems)
-    except KeyboardInterrupt:
-        sys.exit(1)
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -22,6 +25,18 @@ class Unusable(Exception):
     def __init__(self, *problems: str) -> None:
         super().__init__(*problems)
         self.problems = problems
+
+
+@contextmanager
+def reporting(program: str) -> Iterator[None]:
+    """Log to standard error, and end with status 1 when the work cannot be done."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        yield
+    except Unusable as error:
+        die(program, *error.problems)
+    except KeyboardInterrupt:
+        sys.exit(1)
 
 
 def die(program: str, *problems: str) -> NoReturn:

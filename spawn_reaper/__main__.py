@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 from spawn_common import linux
-from spawn_common.command import Unusable, Version, die, freeze_memory, load_settings
+from spawn_common.command import Unusable, Version, freeze_memory, load_settings, reporting
 from spawn_common.service import AlreadyRunning, Claims, Service
 from spawn_reaper.accounts import Accounts
 from spawn_reaper.bindings.calling import Trace
@@ -39,18 +39,13 @@ def main() -> None:
     """Run the command; the exit status is 0, or 1 for a problem, or 2 for wrong usage."""
     arguments = _parse_arguments()
     _allow_deep_recursion()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+    with reporting(PROGRAM):
         if arguments.check:
             asyncio.run(_check(arguments))
         elif arguments.release:
             asyncio.run(_try(arguments))
         else:
             asyncio.run(_serve(arguments))
-    except Unusable as error:
-        die(PROGRAM, *error.problems)
-    except KeyboardInterrupt:
-        sys.exit(1)
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -155,10 +155,10 @@ static int open_mount_or_time(void *argument)
 	_exit(0);
 }
 
-static int open_namespace(pid_t pid, const char *name)
+static int open_pid_namespace(pid_t pid)
 {
 	char path[64];
-	snprintf(path, sizeof path, "/proc/%d/ns/%s", pid, name);
+	snprintf(path, sizeof path, "/proc/%d/ns/pid", pid);
 	return open(path, O_RDONLY | O_CLOEXEC);
 }
 
@@ -175,7 +175,7 @@ static int make_pid(struct message *message)
 				&child, &pidfd);
 	if (pid < 0)
 		return errno;
-	const int namespace = child.error == 0 ? open_namespace(pid, "pid") : -1;
+	const int namespace = child.error == 0 ? open_pid_namespace(pid) : -1;
 	if (namespace < 0) {
 		const int error = child.error != 0 ? child.error : errno;
 		syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
