@@ -40,6 +40,7 @@ _MAKE: Final = 2
 _DROP: Final = 3
 _ALL: Final = 4
 _READ: Final = 5
+_VERSION: Final = 1
 _HEADER: Final = struct.Struct("=IIIiQ")  # operation, kind, slot, errno, since
 _MESSAGE_MAX: Final = 8192
 _DESCRIPTORS_MAX: Final = 2
@@ -415,7 +416,8 @@ def _take_over(end: socket.socket) -> tuple[dict[int, Record], socket.socket, in
         while True:
             header, text, descriptors = _receive(end)
             if header.operation == _ALL and header.since == nonce:
-                if not descriptors:
+                if header.kind != _VERSION or not descriptors:
+                    _close(descriptors)
                     raise _foreign()
                 queue = _prepared(socket.socket(fileno=descriptors[0]))
                 return records, queue, header.slot

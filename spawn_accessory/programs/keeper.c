@@ -37,8 +37,8 @@ enum operation {
 	HOLD = 1, // keep the descriptors in this message
 	MAKE = 2, // make a namespace, keep it and send it back
 	DROP = 3, // forget a record; ends the init of a PID namespace
-	ALL = 4,  // send all records as HOLD, then this message: the end of the queue, and as slot how
-		  // many descriptors we may have
+	ALL = 4,  // send all records as HOLD, then this message: the end of the queue, as slot how many
+		  // descriptors we may have, and as kind which version of all this we speak
 	READ = 5, // read the queue
 };
 
@@ -49,6 +49,8 @@ struct header {
 	int32_t error; // why MAKE failed (errno)
 	uint64_t since; // tells the records that have the same slot one after the other apart
 };
+
+enum { VERSION = 1 }; // we may be older than the daemon: it was upgraded
 
 enum { SOCKET = 0, TEXT_MAX = 8192, DESCRIPTORS_MAX = 2, SLOTS_MAX = 1 << 24 };
 
@@ -307,6 +309,7 @@ static void send_all(struct message *message)
 	}
 	struct rlimit limit = { 0 };
 	getrlimit(RLIMIT_NOFILE, &limit);
+	message->header.kind = VERSION;
 	message->header.slot = limit.rlim_cur < UINT32_MAX ? limit.rlim_cur : UINT32_MAX;
 	reply(&message->header, NULL, 0, &queue[1], 1);
 }
