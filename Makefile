@@ -1,4 +1,4 @@
-# make demo    show the reaper at work on this machine's kernel
+# make demo    show reaper and accessory at work on this machine's kernel
 # make test    linters, type checker, all tests
 # make bench   the figures, as a table and in build/bench.jsonl
 #
