@@ -76,6 +76,9 @@ class Record(msgspec.Struct, frozen=True, gc=False):
         return _HEADER.pack(operation, self.kind or 0, self.slot, 0, self.since)
 
 
+_Rights = Iterable[tuple[int, int, bytes]]
+
+
 class Keeper:
     """The daemon's end of the keeper; holds what it is given, whatever happens to the process."""
 
@@ -102,7 +105,9 @@ class Keeper:
         self._queue: socket.socket | None = None
         self._untold: dict[int, Record] = {}  # what a new keeper has not been told yet
         self._undropped: list[bytes] = []
-        self._hangs = False
+        self._hangs = False  # the keeper did not answer in time
+        self._full: set[socket.socket] = set()  # it did not make room in them in time
+        self._retry: asyncio.TimerHandle | None = None
         for old in olds:
             if self._socket is None:
                 self._try_to_take_over(old)
@@ -127,6 +132,7 @@ class Keeper:
             self._enqueue(record)
         except OSError as error:
             del self._records[record.slot]
+            self._untold.pop(record.slot, None)
             self._free.append(record.slot)
             _close(descriptors)
             raise _unreachable(error) from None
@@ -153,10 +159,12 @@ class Keeper:
         try:
             number, descriptors = self._answer(ordered)
         finally:
-            self._ordered.remove(ordered)
+            if ordered in self._ordered:
+                self._ordered.remove(ordered)
             if number or not descriptors:
                 self._free.append(ordered.slot)
         if number or not descriptors:
+            _close(descriptors)
             raise _failure(ordered, number)
         record = msgspec.structs.replace(ordered, descriptors=descriptors)
         self._records[record.slot] = record
@@ -178,6 +186,8 @@ class Keeper:
 
     def close(self) -> None:
         """Close our descriptors. The keeper goes on if somebody else holds its socket."""
+        if self._retry is not None:
+            self._retry.cancel()
         self._forget_sockets()
         for record in self._records.values():
             _close(record.descriptors)
@@ -211,60 +221,68 @@ class Keeper:
     def _try_to_send(self, parts: Iterable[bytes], *, wait: bool = True) -> None:
         if self._socket is None:
             raise _ended()
-        self._socket.sendmsg(parts, (), self._flags(wait=wait))
+        self._sendmsg(self._socket, parts, (), wait=wait)
 
-    def _flags(self, *, wait: bool = True) -> int:
-        """Return the flags for a message: nobody waits twice for a keeper that hangs."""
-        return _WAITING if wait and not self._hangs else _TRYING
-
-    def _try_to_enqueue(self, record: Record) -> None:
+    def _try_to_enqueue(self, record: Record, *, wait: bool = True) -> None:
         if self._queue is None:
             raise _ended()
         fds = struct.pack(f"={len(record.descriptors)}i", *record.descriptors)
         rights = ((socket.SOL_SOCKET, socket.SCM_RIGHTS, fds),)
         parts = (record.header(_HOLD), record.text())
         try:
-            self._queue.sendmsg(parts, rights, _TRYING)
+            self._sendmsg(self._queue, parts, rights, wait=False)
         except BlockingIOError:
-            self._try_to_send((_HEADER.pack(_READ, 0, 0, 0, 0),))
-            self._queue.sendmsg(parts, rights, self._flags())
+            self._try_to_read(wait=wait)
+            self._sendmsg(self._queue, parts, rights, wait=wait)
+
+    def _try_to_read(self, *, wait: bool = True) -> None:
+        """Let the keeper read the queue."""
+        self._try_to_send((_HEADER.pack(_READ, 0, 0, 0, 0),), wait=wait)
+
+    def _sendmsg(
+        self, end: socket.socket, parts: Iterable[bytes], rights: _Rights, *, wait: bool
+    ) -> None:
+        """Send a message; BlockingIOError if there is no room. Nobody waits for that twice."""
+        waits = wait and not self._hangs and end not in self._full
+        try:
+            end.sendmsg(parts, rights, _WAITING if waits else _TRYING)
+        except BlockingIOError:
+            if waits:
+                self._full.add(end)
+            raise
+        self._full.discard(end)
 
     def _tell_drop(self, record: Record) -> None:
         self._undropped.append(record.header(_DROP))
-        self._try_to_tell_drops()
-
-    def _try_to_tell_drops(self) -> None:
-        """Tell what shall end; go on when there is room if there is none now."""
         try:
             self._tell_drops(wait=False)
         except BlockingIOError:
             self._wait_for(select.EPOLLIN | select.EPOLLOUT)
+        except ConnectionError:
+            self._recover()
         except OSError as error:
             _log.error("the keeper cannot be told what to end: %s", error.strerror)
+
+    def _tell_drops(self, *, wait: bool) -> None:
+        while self._undropped:
+            self._try_to_send((self._undropped[0],), wait=wait)
+            self._undropped.pop(0)
 
     def _wait_for(self, events: int) -> None:
         if self._socket is not None:
             self._watch.change_event(self._socket.fileno(), events)
 
-    def _tell_drops(self, *, wait: bool) -> None:
-        while self._undropped:
-            try:
-                self._try_to_send((self._undropped[0],), wait=wait)
-            except ConnectionError:
-                self._replace()
-                return
-            self._undropped.pop(0)
-
-    def _catch_up(self) -> None:
+    def _catch_up(self, *, wait: bool = True) -> None:
         """Tell the keeper what it has not been told when it was time."""
-        if self._untold or self._undropped:
-            self._tell_drops(wait=True)
-            self._wait_for(select.EPOLLIN)
-            while self._untold:
-                slot, record = next(iter(self._untold.items()))
-                self._try_to_enqueue(record)
-                del self._untold[slot]
-            self._try_to_send((_HEADER.pack(_READ, 0, 0, 0, 0),))
+        if not self._untold and not self._undropped:
+            return
+        self._tell_drops(wait=wait)
+        while self._untold:
+            slot, record = next(iter(self._untold.items()))
+            self._try_to_enqueue(record, wait=wait)
+            del self._untold[slot]
+        self._try_to_read(wait=wait)
+        self._wait_for(select.EPOLLIN)
 
     def _answer(self, ordered: Record) -> tuple[int, tuple[int, ...]]:
         """Return errno and descriptors of what was ordered."""
@@ -277,15 +295,18 @@ class Keeper:
                     _close(descriptors)  # of one that came too late
             except BlockingIOError:
                 self._hangs = True
-                self._tell_drop(ordered)
-                return errno.ETIMEDOUT, ()
+                return self._give_up(ordered, errno.ETIMEDOUT)
             except _Truncated:
-                self._tell_drop(ordered)
-                return errno.EMFILE, ()
+                return self._give_up(ordered, errno.EMFILE)
             except ConnectionError:
                 self._replace()
-        self._tell_drop(ordered)  # the last keeper was asked again
-        return errno.ECONNRESET, ()
+        return self._give_up(ordered, errno.ECONNRESET)
+
+    def _give_up(self, ordered: Record, number: int) -> tuple[int, tuple[int, ...]]:
+        """Have nobody make what was ordered; return why there is nothing."""
+        self._ordered.remove(ordered)
+        self._tell_drop(ordered)
+        return number, ()
 
     def _receive(self) -> tuple[_Header, bytes, tuple[int, ...]]:
         if self._socket is None:
@@ -344,38 +365,62 @@ class Keeper:
                     _close(_receive(self._socket, socket.MSG_DONTWAIT)[2])
                 self._hangs = False
         except BlockingIOError:
-            if self._undropped:
-                self._wait_for(select.EPOLLIN)
-                self._try_to_tell_drops()
-            return
+            self._go_on()
         except ConnectionError:
-            pass
+            self._recover()
+
+    def _go_on(self) -> None:
+        """Tell a keeper that lives what it has not been told, as far as there is room."""
+        try:
+            self._catch_up(wait=False)
+        except BlockingIOError:
+            self._wait_for(select.EPOLLIN | select.EPOLLOUT)
+        except ConnectionError:
+            self._recover()
+
+    def _recover(self) -> None:
+        """Replace the keeper, later if that is not possible now."""
         try:
             self._replace()
         except OSError as error:
             _log.error("the keeper has died, and there is no other: %s", error.strerror)
-            asyncio.get_running_loop().call_later(_PAUSE, self._ready)
 
     def _replace(self) -> None:
-        """Start another keeper, and tell it of everything."""
+        """Start another keeper, and tell it of everything; tried again later if it fails."""
         _log.warning("the keeper has died; starting another")
         self._forget_sockets()
-        self._start()
         self._hangs = False
+        self._full.clear()
         self._untold = dict(self._records)
         self._undropped.clear()
-        self._catch_up()
-        self._end_strays()
-        for record in self._ordered:
-            self._try_to_send((record.header(_MAKE), record.text()))
+        try:
+            self._start()
+            self._catch_up()
+            self._end_strays()  # while all inits that live are known
+            for record in self._ordered:
+                self._try_to_send((record.header(_MAKE), record.text()))
+        except OSError:
+            if self._retry is None:
+                self._retry = asyncio.get_running_loop().call_later(_PAUSE, self._try_again)
+            raise
+
+    def _try_again(self) -> None:
+        self._retry = None
+        if self._socket is None:
+            self._recover()
+        else:
+            self._go_on()
 
     def _end_strays(self) -> None:
-        known = {
-            pid_of(record.descriptors[1])
-            for record in self._records.values()
-            if record.kind is Namespace.PID
-        }
-        end_strays(self._init, self._address, known)
+        try:
+            known = {
+                pid_of(record.descriptors[1])
+                for record in self._records.values()
+                if record.kind is Namespace.PID
+            }
+            end_strays(self._init, self._address, known)
+        except OSError as error:
+            _log.error("inits that were lost cannot be found: %s", error.strerror)
 
     def _try_to_take_over(self, end: socket.socket) -> bool:
         """Use the keeper at END, unless it has died; get everything back that it has.

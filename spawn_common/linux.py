@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import struct
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 # <linux/inotify.h>
@@ -239,7 +240,8 @@ def clone_sleeper(flags: int, seconds: int) -> int:
         if pid < 0:
             raise _error("clone")
     finally:
-        os.sched_setaffinity(0, processors)
+        with suppress(OSError):  # they have been taken from us meanwhile
+            os.sched_setaffinity(0, processors)
     return pid
 
 

@@ -289,7 +289,9 @@ static void hold(const struct message *message)
 static void make_and_send(struct message *message)
 {
 	int error = make(message);
-	if (error == 0 && (error = keep(message)) != 0) {
+	if (error == 0)
+		error = keep(message);
+	if (error != 0) {
 		if (message->count == 2)
 			syscall(SYS_pidfd_send_signal, message->descriptors[1], SIGKILL, NULL, 0);
 		close_all(message);
