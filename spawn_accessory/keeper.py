@@ -23,57 +23,35 @@ import struct
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
 from spawn_accessory.namespaces import limit_reached
 from spawn_accessory.programs import find
 from spawn_accessory.protocol import Maps, Namespace
+from spawn_accessory.records import (
+    Header,
+    Operation,
+    Record,
+    Truncated,
+    close_all,
+    ended,
+    foreign,
+    pack_header,
+    read_record,
+    receive,
+)
 from spawn_accessory.strays import end_strays, pid_of
 from spawn_accessory.watch import Watch
 
 _log = logging.getLogger("spawn_accessory")
 
-_HOLD: Final = 1
-_MAKE: Final = 2
-_DROP: Final = 3
-_ALL: Final = 4
-_READ: Final = 5
 _VERSION: Final = 1
-_HEADER: Final = struct.Struct("=IIIiQ")  # operation, kind, slot, errno, since
-_MESSAGE_MAX: Final = 8192
-_DESCRIPTORS_MAX: Final = 2
-_KINDS: Final = frozenset((0, *Namespace))
 _TIMEOUT: Final = struct.pack("@ll", 10, 0)
 _PAUSE: Final = 1.0  # seconds, before another keeper is tried again
 _WAITING: Final = int(socket.MSG_NOSIGNAL)
 _TRYING: Final = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-
-
-class Record(msgspec.Struct, frozen=True, gc=False):
-    """One namespace or lease of a NAME; ``kind`` is None for a lease.
-
-    ``since`` is when it was made, in nanoseconds of CLOCK_BOOTTIME. ``descriptors`` are the
-    namespace, and the pidfd of its init if it is a PID namespace; of a lease, the pipe's read end.
-    """
-
-    slot: int
-    kind: Namespace | None
-    name: bytes
-    maps: Maps | None
-    since: int
-    descriptors: tuple[int, ...] = ()
-
-    def text(self) -> bytes:
-        """Return what the keeper keeps with the descriptors."""
-        if self.maps is None:
-            return self.name
-        return b"\0".join((self.name, self.maps.uid, self.maps.gid))
-
-    def header(self, operation: int) -> bytes:
-        """Return the beginning of a message about this record."""
-        return _HEADER.pack(operation, self.kind or 0, self.slot, 0, self.since)
 
 
 _Rights = Iterable[tuple[int, int, bytes]]
@@ -134,7 +112,7 @@ class Keeper:
             del self._records[record.slot]
             self._untold.pop(record.slot, None)
             self._free.append(record.slot)
-            _close(descriptors)
+            close_all(descriptors)
             raise _unreachable(error) from None
         return record
 
@@ -164,7 +142,7 @@ class Keeper:
             if number or not descriptors:
                 self._free.append(ordered.slot)
         if number or not descriptors:
-            _close(descriptors)
+            close_all(descriptors)
             raise _failure(ordered, number)
         record = msgspec.structs.replace(ordered, descriptors=descriptors)
         self._records[record.slot] = record
@@ -180,7 +158,7 @@ class Keeper:
                 signal.pidfd_send_signal(record.descriptors[1], signal.SIGKILL)
         del self._records[record.slot]
         self._untold.pop(record.slot, None)
-        _close(record.descriptors)
+        close_all(record.descriptors)
         self._free.append(record.slot)
         self._tell_drop(record)
 
@@ -190,7 +168,7 @@ class Keeper:
             self._retry.cancel()
         self._forget_sockets()
         for record in self._records.values():
-            _close(record.descriptors)
+            close_all(record.descriptors)
         self._records.clear()
 
     def _new(
@@ -206,7 +184,7 @@ class Keeper:
         """Ask for a namespace."""
         try:
             self._catch_up()
-            self._try_to_send((record.header(_MAKE), record.text()))
+            self._try_to_send((record.header(Operation.MAKE), record.text()))
         except ConnectionError:
             self._replace()  # asks the new one
 
@@ -220,15 +198,15 @@ class Keeper:
 
     def _try_to_send(self, parts: Iterable[bytes], *, wait: bool = True) -> None:
         if self._socket is None:
-            raise _ended()
+            raise ended()
         self._sendmsg(self._socket, parts, (), wait=wait)
 
     def _try_to_enqueue(self, record: Record, *, wait: bool = True) -> None:
         if self._queue is None:
-            raise _ended()
+            raise ended()
         fds = struct.pack(f"={len(record.descriptors)}i", *record.descriptors)
         rights = ((socket.SOL_SOCKET, socket.SCM_RIGHTS, fds),)
-        parts = (record.header(_HOLD), record.text())
+        parts = (record.header(Operation.HOLD), record.text())
         try:
             self._sendmsg(self._queue, parts, rights, wait=False)
         except BlockingIOError:
@@ -237,7 +215,7 @@ class Keeper:
 
     def _try_to_read(self, *, wait: bool = True) -> None:
         """Let the keeper read the queue."""
-        self._try_to_send((_HEADER.pack(_READ, 0, 0, 0, 0),), wait=wait)
+        self._try_to_send((pack_header(Operation.READ, 0),), wait=wait)
 
     def _sendmsg(
         self, end: socket.socket, parts: Iterable[bytes], rights: _Rights, *, wait: bool
@@ -253,7 +231,7 @@ class Keeper:
         self._full.discard(end)
 
     def _tell_drop(self, record: Record) -> None:
-        self._undropped.append(record.header(_DROP))
+        self._undropped.append(record.header(Operation.DROP))
         try:
             self._tell_drops(wait=False)
         except BlockingIOError:
@@ -290,13 +268,13 @@ class Keeper:
             try:
                 while True:
                     header, _, descriptors = self._receive()
-                    if header.operation == _MAKE and header.since == ordered.since:
+                    if header.operation == Operation.MAKE and header.since == ordered.since:
                         return header.error, descriptors
-                    _close(descriptors)  # of one that came too late
+                    close_all(descriptors)  # of one that came too late
             except BlockingIOError:
                 self._hangs = True
                 return self._give_up(ordered, errno.ETIMEDOUT)
-            except _Truncated:
+            except Truncated:
                 return self._give_up(ordered, errno.EMFILE)
             except ConnectionError:
                 self._replace()
@@ -308,11 +286,11 @@ class Keeper:
         self._tell_drop(ordered)
         return number, ()
 
-    def _receive(self) -> tuple[_Header, bytes, tuple[int, ...]]:
+    def _receive(self) -> tuple[Header, bytes, tuple[int, ...]]:
         if self._socket is None:
-            raise _ended()
+            raise ended()
         flags = socket.MSG_DONTWAIT if self._hangs else 0
-        message = _receive(self._socket, flags)
+        message = receive(self._socket, flags)
         self._hangs = False
         return message
 
@@ -342,7 +320,7 @@ class Keeper:
             its.close()
             os.close(null)
         if not self._try_to_take_over(ours):
-            raise _ended()
+            raise ended()
         try:
             self._store(ours.fileno())
         except OSError as error:
@@ -361,8 +339,8 @@ class Keeper:
         """Look at the socket: take answers that nobody waits for, and replace a dead keeper."""
         try:
             while self._socket is not None:
-                with suppress(_Truncated):
-                    _close(_receive(self._socket, socket.MSG_DONTWAIT)[2])
+                with suppress(Truncated):
+                    close_all(receive(self._socket, socket.MSG_DONTWAIT)[2])
                 self._hangs = False
         except BlockingIOError:
             self._go_on()
@@ -398,7 +376,7 @@ class Keeper:
             self._catch_up()
             self._end_strays()  # while all inits that live are known
             for record in self._ordered:
-                self._try_to_send((record.header(_MAKE), record.text()))
+                self._try_to_send((record.header(Operation.MAKE), record.text()))
         except OSError:
             if self._retry is None:
                 self._retry = asyncio.get_running_loop().call_later(_PAUSE, self._try_again)
@@ -457,36 +435,24 @@ def _take_over(end: socket.socket) -> tuple[dict[int, Record], socket.socket, in
     nonce = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     records: dict[int, Record] = {}
     try:
-        _prepared(end).sendmsg([_HEADER.pack(_ALL, 0, 0, 0, nonce)], (), _WAITING)
+        _prepared(end).sendmsg([pack_header(Operation.ALL, nonce)], (), _WAITING)
         while True:
-            header, text, descriptors = _receive(end)
-            if header.operation == _ALL and header.since == nonce:
+            header, text, descriptors = receive(end)
+            if header.operation == Operation.ALL and header.since == nonce:
                 if header.kind != _VERSION or not descriptors:
-                    _close(descriptors)
-                    raise _foreign()
+                    close_all(descriptors)
+                    raise foreign()
                 queue = _prepared(socket.socket(fileno=descriptors[0]))
                 return records, queue, header.slot
             # Else it is what was sent to a daemon that has died meanwhile.
-            if header.operation == _HOLD and descriptors and header.slot not in records:
-                records[header.slot] = _record(header, text, descriptors)
+            if header.operation == Operation.HOLD and descriptors and header.slot not in records:
+                records[header.slot] = read_record(header, text, descriptors)
             else:
-                _close(descriptors)
+                close_all(descriptors)
     except OSError:
         for record in records.values():
-            _close(record.descriptors)
+            close_all(record.descriptors)
         raise
-
-
-class _Truncated(OSError):
-    """Descriptors were lost on the way to us."""
-
-
-class _Header(NamedTuple):
-    operation: int
-    kind: int
-    slot: int
-    error: int
-    since: int
 
 
 def _prepared(end: socket.socket) -> socket.socket:
@@ -497,61 +463,12 @@ def _prepared(end: socket.socket) -> socket.socket:
     return end
 
 
-def _foreign() -> OSError:
-    return OSError(errno.EPROTO, "it is of another version")
-
-
-def _record(header: _Header, text: bytes, descriptors: tuple[int, ...]) -> Record:
-    if header.kind not in _KINDS:
-        _close(descriptors)
-        raise _foreign()
-    name, *maps = text.split(b"\0")
-    return Record(
-        header.slot,
-        Namespace(header.kind) if header.kind else None,
-        name,
-        Maps(*maps) if maps else None,
-        header.since,
-        descriptors,
-    )
-
-
-def _receive(end: socket.socket, flags: int = 0) -> tuple[_Header, bytes, tuple[int, ...]]:
-    """Return header, text and descriptors of the next message; ConnectionError if none can come.
-
-    _Truncated if we had no room for all its descriptors.
-    """
-    data, rights, received, _ = end.recvmsg(
-        _MESSAGE_MAX, socket.CMSG_SPACE(4 * _DESCRIPTORS_MAX), socket.MSG_CMSG_CLOEXEC | flags
-    )
-    descriptors: tuple[int, ...] = ()
-    for level, kind, content in rights:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            descriptors = struct.unpack(f"={len(content) // 4}i", content)
-    if received & socket.MSG_CTRUNC:
-        _close(descriptors)
-        raise _Truncated(errno.EMFILE, os.strerror(errno.EMFILE))
-    if len(data) < _HEADER.size:
-        _close(descriptors)
-        raise _ended()
-    return _Header(*_HEADER.unpack_from(data)), data[_HEADER.size :], descriptors
-
-
-def _close(descriptors: Iterable[int]) -> None:
-    for fd in descriptors:
-        os.close(fd)
-
-
-def _ended() -> ConnectionResetError:
-    return ConnectionResetError(errno.ECONNRESET, "the keeper has ended")
-
-
 def _unreachable(error: OSError) -> OSError:
     """Return what to tell a client about an error on the way to the keeper."""
     if isinstance(error, BlockingIOError):
         return OSError(errno.ETIMEDOUT, "the keeper does not answer")
     if isinstance(error, ConnectionError):
-        return _ended()
+        return ended()
     return error
 
 

@@ -13,10 +13,11 @@ from typing import Final
 
 from spawn_accessory.expiry import Clock, Expiry
 from spawn_accessory.idmaps import parse_maps
-from spawn_accessory.keeper import Keeper, Record
+from spawn_accessory.keeper import Keeper
 from spawn_accessory.namespaces import Maker
 from spawn_accessory.policy import Refused
 from spawn_accessory.protocol import Listed, Maps, Namespace, Request
+from spawn_accessory.records import Record
 from spawn_accessory.settings import Settings
 from spawn_accessory.watch import Watch
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from spawn_accessory import keeper as module
-from spawn_accessory.keeper import Keeper, Record
+from spawn_accessory.keeper import Keeper
 from spawn_accessory.protocol import Namespace
+from spawn_accessory.records import Record
 from spawn_accessory.watch import Watch
 from tests.tools.harness import DEADLINE
 
