@@ -7,7 +7,8 @@
 //
 // A message is a header, text, and descriptors. What is kept is a record: the message's text and up to
 // two descriptors, in a slot that the daemon chose. The text of a namespace or lease is its NAME; that
-// of a user namespace goes on with NUL, uid map, NUL, gid map. See keeper.py for the other side.
+// of a user namespace goes on with NUL, uid map, NUL, gid map. See records.py and keeper.py for
+// the other side.
 //
 // The daemon gets the sending end of a second socket, for records. They are safe as soon as they are in
 // its queue, since both ends are ours; so nobody is woken up by them, and they are read only before the

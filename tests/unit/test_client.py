@@ -514,7 +514,10 @@ def test_a_late_answer_to_a_cancelled_request_is_nobody_elses() -> None:
         async with AsyncAccessory(server.address) as accessory:
             cancelled = asyncio.create_task(accessory.namespaces("alice", ipc=True))
             waiting = asyncio.create_task(accessory.namespaces("bob", ipc=True))
-            received = lambda: len(server.requests) == 1  # noqa: E731
+
+            def received() -> bool:
+                return len(server.requests) == 1
+
             await asyncio.to_thread(wait_for, "the request is there", received)
             cancelled.cancel()
             late.set()
