@@ -230,13 +230,24 @@ class Connection:
         self._link = None
         if self._loop.time() - self._connected > _LASTING:
             self._delay = 0.0
+        failed = [*self._sent]
         if self.owner is not None:
-            self._bereft.add(self.owner)
+            failed += self._bereave(self.owner)
             self.owner = None
+        self._sent.clear()
         self._connect()
-        failed, self._sent = self._sent, deque()
         for query in failed:
             self._settle(query, Failure(reason))
+
+    def _bereave(self, owner: int) -> list[_Query]:
+        """Return what OWNER still had in the queue: it must not be done outside its transaction."""
+        queued = [query for query in self._queue if query.task == owner]
+        for query in queued:
+            self._queue.remove(query)
+        own = [query for query in (*self._sent, *queued) if query.task == owner]
+        if not any(_END.match(query.sql) for query in own):
+            self._bereft.add(owner)
+        return queued
 
     # Queries
 

@@ -14,7 +14,7 @@ import pytest
 
 from spawn_reaper.bindings import database, link
 from spawn_reaper.settings import Handlers
-from tests.tools.postgresql import WAIT_FOR_LOCK, Postgresql
+from tests.tools.postgresql import WAIT_FOR_LOCK, Postgresql, programs
 from tests.tools.scripts import SCRIPT, Outcome, Stage, handling, play, printed, run, waiting
 
 
@@ -57,6 +57,16 @@ def with_connection(server: Postgresql, code: str, schema: str = "nil") -> str:
 def with_handler(server: Postgresql, body: str, code: str = "") -> str:
     """Return a script whose handler is BODY, which knows the cgroup's name as `name`."""
     return with_connection(server, handling(body, code))
+
+
+def unnoticed_end_of_connection(server: Postgresql) -> str:
+    """Return code that ends the connections, which the daemon cannot notice meanwhile."""
+    sql = (
+        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+        f" WHERE application_name = '{SCRIPT}'"
+    )
+    psql = f"""{programs() / "psql"} -qAt -d "{server.conninfo}" -c "{sql}" >/dev/null"""
+    return f"os.execute([[{psql}]])"
 
 
 def shown(server: Postgresql, code: str, schema: str = "nil") -> list[str]:
@@ -586,6 +596,38 @@ def test_a_transaction_does_not_go_on_in_another_connection(server: Postgresql) 
         assert written(server) == ["other"]
 
     run(test)
+
+
+def test_a_query_that_finds_its_transaction_s_connection_lost_is_not_done_outside_it(
+    server: Postgresql,
+) -> None:
+    body = f"""
+    assert(db:execute("BEGIN"))
+    assert(write("lost"))
+    {unnoticed_end_of_connection(server)}
+    print(write("half"))
+    print(db:execute("COMMIT"))
+    assert(write("after"))
+    """
+    outcome = play(with_handler(server, body), "owner")
+    assert [line.startswith("nil\t") for line in outcome.output] == [True, True]
+    assert written(server) == ["after"]
+
+
+def test_a_transaction_whose_end_was_lost_with_the_connection_does_not_go_on(
+    server: Postgresql,
+) -> None:
+    body = f"""
+    assert(db:execute("BEGIN"))
+    {unnoticed_end_of_connection(server)}
+    print(db:execute("COMMIT"))
+    assert(db:execute("BEGIN"))
+    assert(write("second try"))
+    assert(db:execute("COMMIT"))
+    """
+    outcome = play(with_handler(server, body), "owner")
+    assert [line.startswith("nil\t") for line in outcome.output] == [True]
+    assert written(server) == ["second try"]
 
 
 # A server that is away
