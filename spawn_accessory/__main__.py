@@ -23,15 +23,25 @@ from spawn_accessory.registry import Registry
 from spawn_accessory.server import Server
 from spawn_accessory.settings import Settings, check
 from spawn_accessory.watch import Watch
-from spawn_common import VERSION, sockets
+from spawn_common import VERSION, linux, sockets
 from spawn_common.command import Unusable, Version, freeze_memory, load_settings, reporting
+from spawn_common.privileges import pass_on
 from spawn_common.service import Service
+from spawn_common.standalone import Standing, add_options, standing_alone
 
 _log = logging.getLogger("spawn_accessory")
 
 PROGRAM: Final = "cm4all-spawn-accessory"
 DEFAULT_CONFIG: Final = Path("/etc/cm4all/spawn/accessory.toml")
 DEFAULT_ADDRESS: Final = "@cm4all-spawn"
+# What daemon and keeper need for making namespaces, for any map, and for ending inits.
+_CAPABILITIES: Final = (
+    linux.CAP_SYS_ADMIN,
+    linux.CAP_SETUID,
+    linux.CAP_SETGID,
+    linux.CAP_SETFCAP,
+    linux.CAP_KILL,
+)
 _KEEPER: Final = "keeper"  # how the service manager calls the socket to the keeper
 
 
@@ -42,7 +52,8 @@ def main() -> None:
         if arguments.check:
             _check(arguments)
         else:
-            asyncio.run(_serve(arguments))
+            with standing_alone(PROGRAM, arguments) as standing:
+                asyncio.run(_serve(arguments, standing))
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -50,8 +61,8 @@ def _parse_arguments() -> argparse.Namespace:
         prog=PROGRAM,
         description="Create named namespaces for process spawners, and keep them for as long as "
         "somebody holds a lease.",
-        epilog="SIGHUP loads the settings again. SIGTERM and SIGINT end the daemon; what it made "
-        "lives on if a service manager keeps the socket to the keeper.",
+        epilog="SIGHUP loads the settings again. SIGTERM, SIGINT and SIGQUIT end the daemon; what "
+        "it made lives on if a service manager keeps the socket to the keeper.",
     )
     parser.add_argument(
         "--listen",
@@ -72,6 +83,7 @@ def _parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="load the settings, report every problem, and exit",
     )
+    add_options(parser)
     parser.add_argument("--version", action=Version, help="print the version and exit")
     arguments = parser.parse_args()
     for address in arguments.listen or ():
@@ -92,8 +104,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise Unusable(str(error)) from None
 
 
-async def _serve(arguments: argparse.Namespace) -> None:
+async def _serve(arguments: argparse.Namespace, standing: Standing) -> None:
     """Run the daemon until it is told to stop."""
+    _pass_on_capabilities()
     began = time.monotonic()
     listeners, keepers = _passed()
     settings = _settings(arguments)
@@ -122,7 +135,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         done()
 
     with ExitStack() as exits:
-        service = Service(reload, lambda: registry.summary() if registry else "starting")
+        service = Service(standing, reload, lambda: registry.summary() if registry else "starting")
         exits.callback(service.close)
         own = [] if listeners else _listen(arguments.listen or [DEFAULT_ADDRESS], exits)
         listeners += own
@@ -143,6 +156,13 @@ async def _serve(arguments: argparse.Namespace) -> None:
         freeze_memory()
         service.ready()
         await service.stopped()
+
+
+def _pass_on_capabilities() -> None:
+    try:
+        pass_on(*_CAPABILITIES)
+    except OSError as error:
+        raise Unusable(f"cannot set our capabilities: {error.strerror}") from None
 
 
 def _raise_limit() -> None:

@@ -109,7 +109,7 @@ class Policy:
                 return 0
             raise
         try:
-            capabilities = linux.effective_capabilities(pid)
+            capabilities = linux.capabilities(pid).effective
             ours = Path(f"/proc/{pid}/uid_map").read_bytes() == self._uid_map
             # A user's process may have connected, and then have executed a set-user-ID program.
             same = _uids(pid) == {uid}

@@ -6,14 +6,15 @@ import argparse
 import gc
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 import msgspec
 
 from spawn_common import VERSION
+from spawn_common.notify import notifier
 from spawn_common.settings import Check, SettingsError, load
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -34,16 +35,18 @@ def reporting(program: str) -> Iterator[None]:
     try:
         yield
     except Unusable as error:
-        die(program, *error.problems)
+        with suppress(OSError):  # nobody listens; the log has it anyway
+            notifier()(status=error.problems[0])
+        complain(program, error.problems, sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(1)
 
 
-def die(program: str, *problems: str) -> NoReturn:
-    """End with status 1, after a line for each problem."""
+def complain(program: str, problems: Iterable[str], to: TextIO) -> None:
+    """Write a line for each problem."""
     for problem in problems:
-        print(f"{program}: {problem}", file=sys.stderr)
-    sys.exit(1)
+        print(f"{program}: {problem}", file=to)
 
 
 class Version(argparse.Action):

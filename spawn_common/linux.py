@@ -1,8 +1,9 @@
 """Linux system calls and kernel file formats that the standard library lacks.
 
 Owns: inotify, the birth time from statx, the lines of /proc/self/mountinfo, unshare, setns, clone,
-mount, what a socket knows of its peer. Every function raises OSError with the kernel's errno;
-nothing here decides what an error means. Constants carry the name of the header they come from.
+mount, capabilities, what a socket knows of its peer. Every function raises OSError with the
+kernel's errno; nothing here decides what an error means. Constants carry the name of the header
+they come from.
 """
 
 from __future__ import annotations
@@ -48,11 +49,18 @@ _SO_PASSRIGHTS: Final = 83
 
 # <linux/prctl.h>
 _PR_SET_DUMPABLE: Final = 4
+_PR_SET_KEEPCAPS: Final = 8
+_PR_CAP_AMBIENT: Final = 47
+_PR_CAP_AMBIENT_RAISE: Final = 2
+_PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 
 # <linux/capability.h>
+CAP_DAC_OVERRIDE: Final = 1
+CAP_KILL: Final = 5
 CAP_SETGID: Final = 6
 CAP_SETUID: Final = 7
 CAP_SYS_ADMIN: Final = 21
+CAP_SETFCAP: Final = 31
 _LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -78,10 +86,12 @@ _libc.mount.argtypes = (
     ctypes.c_char_p,
 )
 _libc.capget.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
+_libc.capset.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
 
 # Bound once: looking a function up in the library again costs more than some of the calls do.
 _inotify_add_watch = _libc.inotify_add_watch
 _inotify_rm_watch = _libc.inotify_rm_watch
+_capset = _libc.capset
 
 
 def _error(call: str, path: bytes | None = None) -> OSError:
@@ -251,23 +261,77 @@ def mount(source: bytes, target: bytes, fstype: bytes | None, flags: int) -> Non
         raise _error("mount", target)
 
 
+def _prctl(option: int, *arguments: int) -> None:
+    values = (*arguments, 0, 0, 0, 0)[:4]
+    if _libc.prctl(option, *values) < 0:
+        raise _error("prctl")
+
+
 def forbid_tracing() -> None:
     """Let nobody without CAP_SYS_PTRACE trace this process, until it executes a program.
 
     See PR_SET_DUMPABLE in prctl(2).
     """
-    if _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) < 0:
-        raise _error("prctl")
+    _prctl(_PR_SET_DUMPABLE, 0)
 
 
-def effective_capabilities(pid: int) -> int:
-    """Return what the process holds in its own user namespace, bit N for CAP_* N (capget(2))."""
-    data = ctypes.create_string_buffer(24)  # twice: effective, permitted, inheritable
-    if _libc.capget(struct.pack("=Ii", _LINUX_CAPABILITY_VERSION_3, pid), data) < 0:
+def allow_tracing() -> None:
+    """Let those trace this process who have its user id and all its capabilities.
+
+    That is the normal state; a change of the user id ends it, and with it the access to much of
+    our own /proc/self (PR_SET_DUMPABLE in prctl(2), ptrace(2)).
+    """
+    _prctl(_PR_SET_DUMPABLE, 1)
+
+
+# capget(2) and capset(2): effective, permitted, inheritable; first the lower 32 bits of each
+_CAPABILITIES: Final = struct.Struct("=6I")
+_CAPABILITY_HEADER: Final = struct.Struct("=Ii")
+_OURS: Final = _CAPABILITY_HEADER.pack(_LINUX_CAPABILITY_VERSION_3, 0)
+
+
+class Capabilities(NamedTuple):
+    """The sets of a process, bit N for CAP_* N (capabilities(7))."""
+
+    effective: int
+    permitted: int
+    inheritable: int
+
+    def pack(self) -> bytes:
+        """Return what set_capabilities() takes."""
+        return _CAPABILITIES.pack(
+            *(member & 0xFFFFFFFF for member in self), *(member >> 32 for member in self)
+        )
+
+
+def capabilities(pid: int = 0) -> Capabilities:
+    """Return what a process, or this thread, holds in its own user namespace (capget(2))."""
+    data = ctypes.create_string_buffer(_CAPABILITIES.size)
+    if _libc.capget(_CAPABILITY_HEADER.pack(_LINUX_CAPABILITY_VERSION_3, pid), data) < 0:
         raise _error("capget")
-    low, high = struct.unpack("=I8xI8x", data.raw)
-    result: int = low | high << 32
-    return result
+    words = _CAPABILITIES.unpack(data.raw)
+    return Capabilities(*(words[i] | words[i + 3] << 32 for i in range(3)))
+
+
+def set_capabilities(packed: bytes) -> None:
+    """Make PACKED, see Capabilities.pack(), the sets of this thread (capset(2))."""
+    if _capset(_OURS, packed) < 0:
+        raise _error("capset")
+
+
+def keep_capabilities() -> None:
+    """Let the permitted set survive that the user id becomes another than 0 (PR_SET_KEEPCAPS)."""
+    _prctl(_PR_SET_KEEPCAPS, 1)
+
+
+def clear_ambient_capabilities() -> None:
+    """Pass no capability on to a program that we execute as a user who is not root."""
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+
+
+def raise_ambient_capability(capability: int) -> None:
+    """Pass a capability on that is permitted and inheritable (PR_CAP_AMBIENT_RAISE)."""
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability)
 
 
 _PEER = struct.Struct("=iII")

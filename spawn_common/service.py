@@ -1,4 +1,4 @@
-"""The life of a daemon: ready, reload, stop, watchdog; and that there is only one of it.
+"""The life of a daemon: ready, reload, stop, watchdog.
 
 Speaks sd_notify(3) when a service manager listens and does nothing of the kind otherwise, so a
 daemon runs the same from a shell. Which work there is, is left to the daemon.
@@ -7,101 +7,17 @@ daemon runs the same from a shell. Which work there is, is left to the daemon.
 from __future__ import annotations
 
 import asyncio
-import errno
 import functools
-import hashlib
 import operator
 import os
 import signal
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
 
-
-class AlreadyRunning(Exception):
-    """Another daemon holds a claim; its ``pid`` says which, 0 if that cannot be seen."""
-
-    def __init__(self, claim: str, pid: int) -> None:
-        super().__init__(f"{claim} is already managed by process {pid or '(unknown)'}")
-        self.pid = pid
-
-
-class Claims:
-    """Holds names that at most one daemon of this host (and network namespace) may hold.
-
-    A name is an abstract socket: it needs no directory that is writable, and the kernel gives it
-    back when its holder dies, however that happens.
-    """
-
-    def __init__(self, kind: str) -> None:
-        """KIND sets the names of one sort of daemon apart from those of others."""
-        self._kind = kind
-        self._sockets: dict[str, socket.socket] = {}
-
-    def take(self, name: str) -> None:
-        """Claim NAME for this process, or raise AlreadyRunning; needs a running event loop.
-
-        A name held by somebody who is neither root nor us cannot keep a daemon from starting:
-        otherwise any user could.
-        """
-        holder = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        address = self._address(name)
-        try:
-            holder.bind(address)
-            holder.listen()
-        except OSError as error:
-            holder.close()
-            if error.errno != errno.EADDRINUSE:
-                raise
-            pid, uid = _peer(address)
-            if uid in (0, os.geteuid()):
-                raise AlreadyRunning(name, pid) from None
-        else:
-            # Those who come to ask who we are would fill the queue if they were left in it.
-            asyncio.get_running_loop().add_reader(holder, _turn_away, holder)
-            self._sockets[name] = holder
-
-    def give_back(self, name: str) -> None:
-        """Let others claim NAME."""
-        if holder := self._sockets.pop(name, None):
-            asyncio.get_running_loop().remove_reader(holder)
-            holder.close()
-
-    def close(self) -> None:
-        """Give all names back."""
-        for name in list(self._sockets):
-            self.give_back(name)
-
-    def _address(self, name: str) -> bytes:
-        # Of fixed length, since an abstract name has 107 bytes at most.
-        digest = hashlib.sha256(os.fsencode(f"{self._kind}\0{name}")).hexdigest()
-        return f"\0cm4all-spawn-claim/{digest}".encode()
-
-
-def _turn_away(holder: socket.socket) -> None:
-    with suppress(OSError):
-        holder.accept()[0].close()
-
-
-def _peer(address: bytes) -> tuple[int, int]:
-    """Return pid and uid of the process that listens on ADDRESS.
-
-    The pid is 0 if it cannot be seen from here. The uid is -1 if the process is gone, or does not
-    accept connections: one of ours would, and anybody could bind the address and fill its queue.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 1, 0))
-        try:
-            probe.connect(address)
-        except OSError:
-            return 0, -1
-        size = struct.calcsize("=iII")
-        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        pid, uid, _ = struct.unpack("=iII", credentials)
-        return pid, uid
+from spawn_common.notify import notifier
+from spawn_common.standalone import Standing
 
 
 class _Signals:
@@ -113,7 +29,7 @@ class _Signals:
     So the handler is a C function that notes the signal's number, and the pipe only wakes us up.
     """
 
-    _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self, tell: Callable[[Iterable[int]], None]) -> None:
         self._tell = tell
@@ -149,24 +65,33 @@ class Service:
     """Signals and notifications of one daemon; needs a running event loop."""
 
     def __init__(
-        self, reload: Callable[[Callable[[], None]], None], status: Callable[[], str]
+        self,
+        standing: Standing,
+        reload: Callable[[Callable[[], None]], None],
+        status: Callable[[], str],
     ) -> None:
         """STATUS gives a line for the service manager.
 
         RELOAD is called for SIGHUP, once ready; it calls its argument when the reload is complete.
         """
+        self._standing = standing
         self._reload = reload
         self._status = status
         self._stop = asyncio.Event()
         self._ready = False
         self._reload_wanted = False
         self._loop = asyncio.get_running_loop()
-        self._notify = _notifier()
+        self._notify = notifier()
         self._signals = _Signals(self._signalled)
+
+    def starting(self, what: str) -> None:
+        """Tell what the start is waiting for."""
+        self._notify(status=f"starting: {what}")
 
     def ready(self) -> None:
         """Tell that the start is complete, and begin to feed the watchdog."""
         self._ready = True
+        self._standing.started()
         self._notify(ready=1, status=self._status())
         interval = _watchdog_seconds()
         if interval:
@@ -185,7 +110,9 @@ class Service:
 
     def _signalled(self, numbers: Iterable[int]) -> None:
         for number in numbers:
-            if number != signal.SIGHUP:
+            if number == signal.SIGUSR1:
+                self._standing.reopen_log()
+            elif number != signal.SIGHUP:
                 self._stop.set()
             elif self._ready:
                 self._reload_now()
@@ -193,7 +120,8 @@ class Service:
                 self._reload_wanted = True
 
     def _reload_now(self) -> None:
-        self._notify(reloading=1, monotonic_usec=time.monotonic_ns() // 1000)
+        now = time.monotonic_ns() // 1000
+        self._notify(reloading=1, monotonic_usec=now, status="reloading")
         self._reload(self._reloaded)
 
     def _reloaded(self) -> None:
@@ -202,18 +130,6 @@ class Service:
     def _feed_watchdog(self, interval: float) -> None:
         self._notify(watchdog=1, status=self._status())
         self._loop.call_later(interval, self._feed_watchdog, interval)
-
-
-def _notifier() -> Callable[..., Any]:
-    """Return sd_notify with its variables as keyword arguments; nothing without a manager.
-
-    The library is imported only where it is of use: it brings ten megabytes along.
-    """
-    if "NOTIFY_SOCKET" not in os.environ:
-        return lambda **_: None
-    from pystemd.daemon import notify
-
-    return lambda **variables: notify(False, **variables)
 
 
 def _watchdog_seconds() -> float:

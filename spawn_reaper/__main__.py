@@ -16,8 +16,11 @@ from typing import Final
 import msgspec
 
 from spawn_common import linux
+from spawn_common.claims import AlreadyRunning, Claims
 from spawn_common.command import Unusable, Version, freeze_memory, load_settings, reporting
-from spawn_common.service import AlreadyRunning, Claims, Service
+from spawn_common.privileges import Reserve
+from spawn_common.service import Service
+from spawn_common.standalone import Standing, add_options, standing_alone
 from spawn_reaper.accounts import Accounts
 from spawn_reaper.bindings.calling import Trace
 from spawn_reaper.reaper import Reaper
@@ -45,7 +48,8 @@ def main() -> None:
         elif arguments.release:
             asyncio.run(_try(arguments))
         else:
-            asyncio.run(_serve(arguments))
+            with standing_alone(PROGRAM, arguments) as standing:
+                asyncio.run(_serve(arguments, standing))
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -53,7 +57,7 @@ def _parse_arguments() -> argparse.Namespace:
         prog=PROGRAM,
         description="Watch cgroup v2 scopes; when a cgroup runs empty, log what it used, "
         "call the Lua function cgroup_released, and delete it.",
-        epilog="SIGHUP calls the Lua function reload. SIGTERM and SIGINT end the daemon.",
+        epilog="SIGHUP calls the Lua function reload. SIGTERM, SIGINT and SIGQUIT end the daemon.",
     )
     parser.add_argument(
         "--cgroup-root",
@@ -95,6 +99,7 @@ def _parse_arguments() -> argparse.Namespace:
         help="run the script once against the release in FILE (JSON, - for standard input), print "
         "what it does, and exit; no cgroup is touched, all else is done for real",
     )
+    add_options(parser)
     parser.add_argument("--version", action=Version, help="print the version and exit")
     return parser.parse_args()
 
@@ -231,8 +236,9 @@ async def _try(arguments: argparse.Namespace) -> None:
             sys.exit(1)
 
 
-async def _serve(arguments: argparse.Namespace) -> None:
+async def _serve(arguments: argparse.Namespace, standing: Standing) -> None:
     """Run the daemon until it is told to stop."""
+    reserve = _reserve()
     settings = _settings(arguments)
     root, mount_options = _cgroup_root(arguments)
     script: Script | None = None
@@ -247,7 +253,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         waiting = script.waiting_count if script else 0
         return reaper.status() + (f", {waiting} handlers waiting" if waiting else "")
 
-    service = Service(reload, status)
+    service = Service(standing, reload, status)
     # Patterns are claimed because a scope may be absent now, scopes because patterns may overlap.
     patterns, scopes = _claims(root, "pattern"), _claims(root, "scope")
     try:
@@ -256,6 +262,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         stopped = asyncio.ensure_future(service.stopped())
         path = _script_path(arguments)
         if path is not None:
+            service.starting(f"running {path}")
             loading = asyncio.ensure_future(_script(path, settings, root))
             await asyncio.wait([stopped, loading], return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():
@@ -265,6 +272,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
             ScopeFinder(root, [os.fsencode(pattern) for pattern in settings.scopes]),
             Accounts(_local_counters(root, mount_options), pressure=settings.pressure),
             scopes,
+            reserve,
             grace=settings.grace,
             unclaimed=settings.unclaimed,
             log_lines=settings.log,
@@ -285,6 +293,14 @@ async def _serve(arguments: argparse.Namespace) -> None:
             script.close()
         patterns.close()
         scopes.close()
+
+
+def _reserve() -> Reserve:
+    """Return the power to delete the cgroups of others, which nothing else here shall have."""
+    try:
+        return Reserve(linux.CAP_DAC_OVERRIDE)
+    except OSError as error:  # a filter of system calls, say
+        raise Unusable(f"cannot set our capabilities: {error.strerror}") from None
 
 
 def _local_counters(root: bytes, mount_options: frozenset[bytes]) -> frozenset[str]:

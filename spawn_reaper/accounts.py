@@ -102,16 +102,16 @@ class Accounts:
         opened.cgroup.used = False
         return self._record(opened, found, own, pressures, remainder=False)
 
-    def remainder(self, opened: Opened, last: bytes) -> Release | None:
-        """Return the record of what a deleted cgroup used after it was read; None if nothing.
+    def remainder(self, opened: Opened, last: bytes) -> list[Release]:
+        """Return the record of what a deleted cgroup used after it was read, if it used anything.
 
         LAST is its cpu.stat directly before the deletion.
         """
         found, _ = usage.parse_usage([(usage.CPU_STAT, last)])
         own = self.own(opened.cgroup, found)
         if not any(msgspec.structs.astuple(own)):
-            return None
-        return self._record(opened, found, own, None, remainder=True)
+            return []
+        return [self._record(opened, found, own, None, remainder=True)]
 
     def bequeath(self, cgroup: Cgroup) -> None:
         """Pass what was recorded for a deleted cgroup on to its parent, which still counts it.

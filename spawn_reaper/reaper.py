@@ -20,7 +20,8 @@ from typing import Final, Protocol
 
 import msgspec
 
-from spawn_common.service import AlreadyRunning, Claims
+from spawn_common.claims import AlreadyRunning, Claims
+from spawn_common.privileges import Reserve
 from spawn_reaper.accounts import Accounts, Opened
 from spawn_reaper.baselines import load_baselines, save_baselines
 from spawn_reaper.deletion import delete, deletions, recover
@@ -73,16 +74,18 @@ class Reaper:
         finder: ScopeFinder,
         accounts: Accounts,
         claims: Claims,
+        reserve: Reserve,
         *,
         grace: float,
         unclaimed: float,
         log_lines: bool,
         hooks: Hooks | None,
     ) -> None:
-        """GRACE and UNCLAIMED are seconds."""
+        """GRACE and UNCLAIMED are seconds; RESERVE is what changing others' cgroups takes."""
         self._finder = finder
         self._accounts = accounts
         self._claims = claims
+        self._reserve = reserve
         self._grace = grace
         self._unclaimed_time = unclaimed
         self._log_lines = log_lines
@@ -125,8 +128,9 @@ class Reaper:
         for timer in (self._timer, self._poll_timer, self._scan_timer):
             if timer is not None:
                 timer.cancel()
-        for scope in self._tree.scopes.values():
-            save_baselines(scope)
+        with self._reserve:
+            for scope in self._tree.scopes.values():
+                save_baselines(scope)
         self._tree.close()
         self._finder.close()
 
@@ -183,8 +187,9 @@ class Reaper:
                 self._finder.incomplete = True
                 _log.error("scope %s: %s", printable(path).decode(), error.strerror)
             return
-        recover(scope)
-        load_baselines(scope)
+        with self._reserve:
+            recover(scope)
+            load_baselines(scope)
         self._refused.discard(name)
         _log.info("watching scope %s", printable(path).decode())
 
@@ -348,9 +353,12 @@ class Reaper:
             for opened in settled:
                 if opened.release:
                     self._hand_over(opened.release, opened.directory)
-            with deletions(settled) as noted:
+            remainders = []
+            with self._reserve, deletions(settled) as noted:
                 for opened in settled:
-                    self._delete(opened, noted)
+                    remainders += self._delete(opened, noted)
+            for remainder in remainders:  # only now: no script runs with what we hold in reserve
+                self._hand_over(remainder, None)
         except Exception:
             # A mistake of ours: nothing else may wait for it, and nothing may be forgotten.
             _log.exception("a batch of %d cgroups was interrupted", len(cgroups))
@@ -451,21 +459,22 @@ class Reaper:
             # A mistake of ours in one handler must not keep the others from being deleted.
             _log.exception("%s", printable(release.path).decode())
 
-    def _delete(self, opened: Opened, noted: set[Scope]) -> None:
+    def _delete(self, opened: Opened, noted: set[Scope]) -> list[Release]:
+        """Delete a cgroup if that is possible; return what it used since it was recorded."""
         cgroup = opened.cgroup
         self._tree.unwatch(cgroup)  # or freezing and deleting it would notify us
         try:
             last = delete(opened, noted)
         except OSError as error:
             self._not_deleted(cgroup, error)
-            return
+            return []
+        remainders = []
         if last != opened.cpu_stat and last:
-            remainder = self._accounts.remainder(opened, last)
-            if remainder is not None:
-                self._hand_over(remainder, None)
+            remainders = self._accounts.remainder(opened, last)
         self._accounts.bequeath(cgroup)
         self._tree.forget(cgroup)
         self.released_count += 1
+        return remainders
 
     def _not_deleted(self, cgroup: Cgroup, error: OSError) -> None:
         """Keep a cgroup that lives on, or that we may not delete."""

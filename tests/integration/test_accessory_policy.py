@@ -266,7 +266,7 @@ def test_who_executes_a_set_user_id_program_is_no_administrator(host: Host) -> N
         assert linux.peer_credentials(peer) == (process.pid, 60001, 60001)
         executed = Path(f"/proc/{process.pid}/exe")
         wait_for("it is executed", lambda: executed.readlink() == program)
-        assert linux.effective_capabilities(process.pid) & CAP_SYS_ADMIN
+        assert linux.capabilities(process.pid).effective & CAP_SYS_ADMIN
         assert Policy(Settings()).access(peer) is None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from spawn_common.service import AlreadyRunning, Claims
+from spawn_common.claims import AlreadyRunning, Claims
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def kind() -> str:
 
 HOLDER = """
 import asyncio, sys
-from spawn_common.service import Claims
+from spawn_common.claims import Claims
 
 async def hold():
     Claims(sys.argv[1]).take(sys.argv[2])

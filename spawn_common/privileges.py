@@ -1,0 +1,104 @@
+"""Which user a daemon is, and which of root's powers it has.
+
+Root has all of them, always. What is here about capabilities concerns daemons that run as somebody
+else, whoever saw to that: the service manager, or we when we were told to.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+from typing import NamedTuple
+
+from spawn_common import linux
+from spawn_common.linux import Capabilities
+
+
+class Account(NamedTuple):
+    """Who to become; None is to stay what we are."""
+
+    uid: int | None
+    gid: int | None
+    groups: list[int]
+
+
+def find_account(user: str | None, group: str | None) -> Account | None:
+    """Look up a user and a group, both names or numbers; a user brings his groups along.
+
+    LookupError says what does not exist. None if there is nothing to look up.
+    """
+    gid = _find_group(group) if group else None
+    if not user:
+        return None if gid is None else Account(None, gid, [])
+    try:
+        entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
+    except (KeyError, OverflowError):
+        raise LookupError(f"there is no user {user!r}") from None
+    if gid is None:
+        gid = entry.pw_gid
+    return Account(entry.pw_uid, gid, os.getgrouplist(entry.pw_name, gid))
+
+
+def _find_group(group: str) -> int:
+    try:
+        return (grp.getgrgid(int(group)) if group.isdecimal() else grp.getgrnam(group)).gr_gid
+    except (KeyError, OverflowError):
+        raise LookupError(f"there is no group {group!r}") from None
+
+
+def become(account: Account) -> None:
+    """Become that user, who holds all our capabilities, none of which is effective.
+
+    Say directly afterwards which are needed, by pass_on() or Reserve(). PermissionError if we may
+    not become that user.
+    """
+    linux.keep_capabilities()
+    if account.gid is not None:
+        os.setgroups(account.groups)
+        os.setresgid(account.gid, account.gid, account.gid)
+    if account.uid is not None:
+        os.setresuid(account.uid, account.uid, account.uid)
+        linux.allow_tracing()
+
+
+def pass_on(*needed: int) -> None:
+    """Keep only the CAP_* in NEEDED, and let the programs that we execute have them, too."""
+    if os.geteuid() == 0:
+        return
+    held = linux.capabilities().permitted & _bits(needed)
+    linux.set_capabilities(Capabilities(held, held, held).pack())
+    linux.clear_ambient_capabilities()
+    for capability in needed:
+        if held & 1 << capability:
+            linux.raise_ambient_capability(capability)
+
+
+class Reserve:
+    """Capabilities that are effective only within a ``with`` statement, and passed on to nobody.
+
+    In the main thread, that is: threads that are started outside of one never have them.
+    """
+
+    def __init__(self, *needed: int) -> None:
+        """Give up all capabilities but the CAP_* in NEEDED, and keep those in reserve."""
+        self._held = 0
+        if os.geteuid() == 0:
+            return
+        self._held = linux.capabilities().permitted & _bits(needed)
+        self._lowered = Capabilities(0, self._held, 0).pack()
+        self._raised = Capabilities(self._held, self._held, 0).pack()
+        linux.clear_ambient_capabilities()
+        linux.set_capabilities(self._lowered)
+
+    def __enter__(self) -> None:
+        if self._held:
+            linux.set_capabilities(self._raised)
+
+    def __exit__(self, *_: object) -> None:
+        if self._held:
+            linux.set_capabilities(self._lowered)
+
+
+def _bits(capabilities: tuple[int, ...]) -> int:
+    return sum(1 << capability for capability in capabilities)
