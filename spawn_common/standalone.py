@@ -143,7 +143,7 @@ def standing_alone(program: str, arguments: argparse.Namespace) -> Iterator[Stan
             if arguments.detach:
                 standing.detach([pid_file.fileno()] if pid_file else [])
             if pid_file is not None:
-                pid_file.write()
+                _write(pid_file, arguments.pid_file)
             if account is not None:
                 _become(account, arguments)
             yield standing
@@ -173,6 +173,13 @@ def _lock(path: Path) -> PidFile:
     except AlreadyLocked as error:
         raise Unusable(str(error)) from None
     except OSError as error:
+        raise Unusable(f"{path}: {error.strerror}") from None
+
+
+def _write(pid_file: PidFile, path: Path) -> None:
+    try:
+        pid_file.write()
+    except OSError as error:  # a full disk, say
         raise Unusable(f"{path}: {error.strerror}") from None
 
 
