@@ -8,6 +8,7 @@ import hashlib
 import os
 import socket
 import struct
+from collections.abc import Iterable
 from contextlib import suppress
 
 
@@ -26,16 +27,20 @@ class Claims:
     back when its holder dies, however that happens.
     """
 
-    def __init__(self, kind: str) -> None:
-        """KIND sets the names of one sort of daemon apart from those of others."""
+    def __init__(self, kind: str, trusted: Iterable[int] = ()) -> None:
+        """KIND sets the names of one sort of daemon apart from those of others.
+
+        TRUSTED are the user ids of its daemons, besides root's and ours.
+        """
         self._kind = kind
+        self._trusted = {0, os.geteuid(), *trusted}
         self._sockets: dict[str, socket.socket] = {}
 
     def take(self, name: str) -> None:
         """Claim NAME for this process, or raise AlreadyRunning; needs a running event loop.
 
-        A name held by somebody who is neither root nor us cannot keep a daemon from starting:
-        otherwise any user could.
+        A name held by somebody who is not trusted cannot keep a daemon from starting: otherwise
+        any user could.
         """
         holder = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         address = self._address(name)
@@ -47,7 +52,7 @@ class Claims:
             if error.errno != errno.EADDRINUSE:
                 raise
             pid, uid = _peer(address)
-            if uid in (0, os.geteuid()):
+            if uid in self._trusted:
                 raise AlreadyRunning(name, pid) from None
         else:
             # Those who come to ask who we are would fill the queue if they were left in it.

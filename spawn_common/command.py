@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ class Unusable(Exception):
 @contextmanager
 def reporting(program: str) -> Iterator[None]:
     """Log to standard error, and end with status 1 when the work cannot be done."""
+    _open_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         yield
@@ -41,6 +43,14 @@ def reporting(program: str) -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(1)
+
+
+def _open_streams() -> None:
+    """Let there be all three: their numbers must not become those of other files."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # it was closed by who started us
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number is free
+            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", closefd=False))
 
 
 def complain(program: str, problems: Iterable[str], to: TextIO) -> None:

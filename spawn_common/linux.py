@@ -14,7 +14,6 @@ import os
 import re
 import socket
 import struct
-from contextlib import suppress
 from typing import Final, NamedTuple
 
 # <linux/inotify.h>
@@ -241,17 +240,9 @@ def clone_sleeper(flags: int, seconds: int) -> int:
     descriptors is copied (clone(2)).
     """
     top = ctypes.addressof(_stack) + len(_stack)
-    # On our processor: to interrupt another one for the start and for the end takes longer than all
-    # the rest (200 us instead of 90).
-    processors = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, (_libc.sched_getcpu(),))
-    try:
-        pid: int = _libc.clone(_SLEEP, top & ~15, _CLONE_VM | _CLONE_FILES | flags, seconds)
-        if pid < 0:
-            raise _error("clone")
-    finally:
-        with suppress(OSError):  # they have been taken from us meanwhile
-            os.sched_setaffinity(0, processors)
+    pid: int = _libc.clone(_SLEEP, top & ~15, _CLONE_VM | _CLONE_FILES | flags, seconds)
+    if pid < 0:
+        raise _error("clone")
     return pid
 
 

@@ -34,7 +34,6 @@ class PidFile:
 
     def write(self) -> None:
         """Write down that it is this process."""
-        os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
 
     def __enter__(self) -> Self:
@@ -49,7 +48,8 @@ class PidFile:
         """Remove the file; empty it if its directory is closed to the user that we have become."""
         with suppress(OSError):
             os.ftruncate(self._fd, 0)
-            self._path.unlink()
+            if self._is_there():  # else it has become somebody else's
+                self._path.unlink()
         os.close(self._fd)
 
     def _open(self) -> int:
@@ -57,6 +57,7 @@ class PidFile:
         fd = os.open(self._path, flags, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)  # or a second start would be told of who was killed before us
         except BlockingIOError:
             pid = os.pread(fd, 32, 0).decode(errors="replace").strip()
             os.close(fd)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from spawn_common import linux
 from spawn_common.linux import Capabilities
+
+_NO_ID: Final = 0xFFFFFFFF  # means "stay what we are" to the kernel
 
 
 class Account(NamedTuple):
@@ -26,14 +28,17 @@ class Account(NamedTuple):
 def find_account(user: str | None, group: str | None) -> Account | None:
     """Look up a user and a group, both names or numbers; a user brings his groups along.
 
+    A user's number need not be known, if there is a group: in containers it often is not.
     LookupError says what does not exist. None if there is nothing to look up.
     """
-    gid = _find_group(group) if group else None
-    if not user:
+    gid = _find_group(group) if group is not None else None
+    if user is None:
         return None if gid is None else Account(None, gid, [])
     try:
         entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
     except (KeyError, OverflowError):
+        if user.isdecimal() and int(user) < _NO_ID and gid is not None:
+            return Account(int(user), gid, [gid])
         raise LookupError(f"there is no user {user!r}") from None
     if gid is None:
         gid = entry.pw_gid

@@ -42,6 +42,7 @@ class _Signals:
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in self._NUMBERS:
             signal.signal(number, functools.partial(operator.setitem, self._came))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._NUMBERS)
 
     def _wake_up(self) -> None:
         with suppress(BlockingIOError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -67,25 +68,23 @@ class Standing:
         self._terminal: int | None = None  # standard error as it was
 
     def started(self) -> None:
-        """Let go of the terminal, and of who waits there."""
+        """Let go of the terminal, and of who waits there; Unusable if nobody waits any more."""
         if self._waiting is not None:
-            with suppress(OSError):  # nobody waits any more
+            try:
                 os.write(self._waiting, b"\0")
+            except OSError:  # to him it did not start
+                raise Unusable("whoever started it did not wait until it was ready") from None
             if self._log is None:
                 _redirect(_NOWHERE, os.O_WRONLY)
-        self.close()
+        for fd in (self._waiting, self._terminal):
+            if fd is not None:
+                os.close(fd)
+        self._waiting = self._terminal = None
 
     def reopen_log(self) -> None:
         """Open the log file again: the one that was open may have got another name."""
         if self._log is not None:
             self._log.reopen()
-
-    def close(self) -> None:
-        """Let go of what belongs to others."""
-        for fd in (self._waiting, self._terminal):
-            if fd is not None:
-                os.close(fd)
-        self._waiting = self._terminal = None
 
     def keep_terminal(self) -> None:
         """Be able to tell() there in spite of a log file."""
@@ -103,9 +102,13 @@ class Standing:
         from daemon import DaemonContext
 
         reader, self._waiting = os.pipe()
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, (signal.SIGINT,)
+        )  # what we hold is the child's now
         if os.fork():
             os.close(self._waiting)
             with suppress(KeyboardInterrupt):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
                 if os.read(reader, 1):
                     os._exit(0)
             os._exit(1)
@@ -126,6 +129,8 @@ class Standing:
 @contextmanager
 def standing_alone(program: str, arguments: argparse.Namespace) -> Iterator[Standing]:
     """Do what the options ask for; Unusable if that is impossible."""
+    # A signal may come before there is a handler, from who has read the pid file. Service unblocks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1))
     account = _account(arguments)
     if arguments.detach:  # the working directory will be another
         for name, value in vars(arguments).items():
@@ -134,12 +139,12 @@ def standing_alone(program: str, arguments: argparse.Namespace) -> Iterator[Stan
     with ExitStack() as exits:
         pid_file = exits.enter_context(_lock(arguments.pid_file)) if arguments.pid_file else None
         log = _LogFile(arguments.log_file, account) if arguments.log_file else None
+        # Who waits for it is released when the process has ended: then he has been told why.
         standing = Standing(log)
-        exits.callback(standing.close)
         standing.keep_terminal()
+        if log is not None:
+            log.open()
         try:
-            if log is not None:
-                log.open()
             if arguments.detach:
                 standing.detach([pid_file.fileno()] if pid_file else [])
             if pid_file is not None:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import pwd
 import resource
 import sys
 from collections.abc import Callable
@@ -34,6 +35,7 @@ _log = logging.getLogger("spawn_reaper")
 PROGRAM: Final = "cm4all-spawn-reaper"
 DEFAULT_CONFIG: Final = Path("/etc/cm4all/spawn/reaper.toml")
 DEFAULT_SCRIPT: Final = Path("/etc/cm4all/spawn/reaper.lua")
+_USER: Final = "cm4all-spawn-reaper"  # whom the service manager runs us as
 _STACK: Final = 100 << 20  # bytes
 NOWHERE: Final = b"/dev/null"  # a cgroup root below which there is nothing
 
@@ -173,7 +175,10 @@ async def _script(
 def _claims(root: bytes, what: str) -> Claims:
     """Return what keeps two reapers from managing the same part of this hierarchy."""
     status = os.stat(root)
-    return Claims(f"cm4all-spawn-reaper/{status.st_dev}:{status.st_ino}/{what}")
+    trusted = set()
+    with suppress(KeyError):  # where the package is not installed there is no such user
+        trusted.add(pwd.getpwnam(_USER).pw_uid)
+    return Claims(f"{PROGRAM}/{status.st_dev}:{status.st_ino}/{what}", trusted)
 
 
 # Commands

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -22,6 +23,7 @@ from tests.tools.native import ROOT, build
 
 RECORD = ROOT / "tests" / "tools" / "record.lua"
 DEADLINE = 30.0
+_SPECIAL = r"[^\w.-]"  # in a path or a pattern
 
 
 def wait_for(what: str, condition: Callable[[], bool], seconds: float = DEADLINE) -> None:
@@ -116,6 +118,16 @@ class Release:
     remainder: bool
 
 
+def read_releases(file: Path) -> list[Release]:
+    """Return what record.lua has written to a file, which need not be there yet."""
+    if not file.exists():
+        return []
+    # A line that crosses a page becomes visible in two steps.
+    complete, _, _ = file.read_text().rpartition("\n")
+    lines = [json.loads(line) for line in complete.splitlines()]
+    return [Release(**(line | {"path": bytes.fromhex(line["path"])})) for line in lines]
+
+
 class Reaper:
     """A running cm4all-spawn-reaper and what it wrote."""
 
@@ -189,12 +201,7 @@ class Reaper:
 
     def releases(self) -> list[Release]:
         """Return what record.lua has written so far."""
-        if not self._releases.exists():
-            return []
-        # A line that crosses a page becomes visible in two steps.
-        complete, _, _ = self._releases.read_text().rpartition("\n")
-        lines = [json.loads(line) for line in complete.splitlines()]
-        return [Release(**(line | {"path": bytes.fromhex(line["path"])})) for line in lines]
+        return read_releases(self._releases)
 
     def output(self) -> list[str]:
         """Return the lines that the script printed."""
@@ -274,7 +281,7 @@ def host(directory: Path, name: str) -> Iterator[Host]:
     mount = linux.find_cgroup2_mount()
     assert mount is not None, "no cgroup v2 hierarchy is mounted"
     root = Path(os.fsdecode(mount.path))
-    directory_name = f"cm4all-spawn-test-{os.getpid()}-{name}".replace("/", "_")
+    directory_name = f"cm4all-spawn-test-{os.getpid()}-{re.sub(_SPECIAL, '_', name)}"
     place = Host(directory, Cgroup(root).make(directory_name), root)
     try:
         yield place
