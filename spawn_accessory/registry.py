@@ -129,7 +129,8 @@ class Registry:
 
     def summary(self) -> str:
         """Return a line for the service manager."""
-        return f"{len(self._entries)} names, {self._namespaces} namespaces"
+        names = len(self._entries)
+        return f"{names} name{'' if names == 1 else 's'}, {self._namespaces} namespaces"
 
     def counts(self) -> dict[str, int]:
         """Return how many of everything there are."""

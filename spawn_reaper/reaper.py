@@ -256,11 +256,15 @@ class Reaper:
     def vanished(self, cgroup: Cgroup) -> None:
         """Take note that somebody else deleted a cgroup; say so if its use was not recorded."""
         self._accounts.bequeath(cgroup)
-        if cgroup.used:
+        if cgroup.used or self._is_new_to_us(cgroup):
             self.unread_count += 1
             _log.warning(
                 "%s: deleted by somebody else before it could be accounted for", _display(cgroup)
             )
+
+    def _is_new_to_us(self, cgroup: Cgroup) -> bool:
+        """Whether something has happened to it that was not looked into."""
+        return cgroup.due is not None and cgroup.due <= self._now + self._grace + _TICK
 
     def emptied(self, scope: Scope) -> None:
         """Hurry: the service manager is about to delete everything in the scope."""
