@@ -1,6 +1,8 @@
 # make demo    show reaper and accessory at work on this machine's kernel
 # make test    linters, type checker, all tests
+# make test-system    those of the tests that need a whole machine: the Debian packages in Debian 13
 # make bench   the figures, as a table and in build/bench.jsonl
+# make deb     Debian packages in build/deb, built in a clean Debian 13
 #
 # Each sets up what it needs by itself: Debian packages through apt (with sudo when not root) and a
 # virtual environment in .venv.
@@ -14,9 +16,12 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 PACKAGES := python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-dev libpq5 lua-check \
     lua-cjson postgresql iproute2 util-linux attr
 
+# The machines: a root folder, a disk with it, an initrd, and what emulates the one with the controllers.
+MACHINE_PACKAGES := mmdebstrap e2fsprogs cpio xz-utils qemu-system-x86
+
 PROGRAMS := build/libexec/cm4all-spawn-init build/libexec/cm4all-spawn-keeper
 
-.PHONY: demo test check bench clean packages
+.PHONY: demo test test-system check bench deb clean packages machine-packages
 .DELETE_ON_ERROR:
 
 demo: .venv/complete $(PROGRAMS)
@@ -24,6 +29,10 @@ demo: .venv/complete $(PROGRAMS)
 
 test: check $(PROGRAMS)
 	$(SUDO) env CI=$(CI) .venv/bin/python -m pytest
+	$(MAKE) test-system
+
+test-system: .venv/complete deb | machine-packages
+	$(SUDO) .venv/bin/python -m pytest --verbose tests/system
 
 check: .venv/complete
 	.venv/bin/ruff check
@@ -32,6 +41,9 @@ check: .venv/complete
 
 bench: .venv/complete $(PROGRAMS)
 	@$(SUDO) .venv/bin/python -m bench
+
+deb:
+	@$(SUDO) debian/make-deb
 
 .venv/complete: pyproject.toml | packages
 	$(PYTHON) -m venv .venv
@@ -47,8 +59,11 @@ build/libexec/cm4all-spawn-init: FREESTANDING := -ffreestanding -nostdlib -fno-s
 # Installs only what is missing, so that nothing is asked of root where nothing is needed. The package
 # of PostgreSQL would make a server of its own and start it.
 NO_SERVER := /etc/postgresql-common/createcluster.d/cm4all-spawn-test.conf
-packages:
-	@missing=$$(for package in $(PACKAGES); do \
+packages: WANTED = $(PACKAGES)
+machine-packages: WANTED = $(MACHINE_PACKAGES)
+machine-packages: | packages
+packages machine-packages:
+	@missing=$$(for package in $(WANTED); do \
 	    dpkg-query -W -f '$${db:Status-Status}\n' $$package 2>/dev/null | grep -qx installed \
 	    || echo $$package; done); \
 	if [ -n "$$missing" ]; then \
@@ -62,4 +77,4 @@ packages:
 	fi
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	$(SUDO) rm -rf .venv build dist *.egg-info

@@ -1,0 +1,173 @@
+#!/usr/bin/python3
+"""What becomes of a cgroup that ran empty: the service as installed, its log line, its script."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+from reaper import (
+    CAP_DAC_OVERRIDE,
+    RECORD,
+    SERVICE,
+    SLICE,
+    STATE,
+    USER,
+    Scope,
+    capabilities,
+    counted,
+    cpu_usec,
+    releases,
+    use,
+)
+from support import keep, run, wait_for
+
+BURN = "exec python3 -c 'import time\nwhile time.process_time() < 0.3: pass'"
+LINE = re.compile(
+    r"shop/fcgi-1: since=20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+    r" cpu=(\d+\.\d)s/(\d+\.\d)s/(\d+\.\d)s\[(\d+)%\]"
+)
+
+
+def it_is_there_but_was_not_started() -> None:
+    assert SERVICE["LoadState"] == "loaded"
+    assert SERVICE.state == "inactive"
+    assert SERVICE["UnitFileState"] == "static"
+    assert "-g /usr/sbin/cm4all-spawn-reaper" not in run("ps", "-A", "-o", "args")
+
+
+def it_starts_where_no_scope_is() -> None:
+    SERVICE.start()
+    assert (SERVICE.state, SERVICE["SubState"], SERVICE.restarts) == ("active", "running", 0)
+    assert SERVICE["ControlGroup"] == f"{SLICE}/{SERVICE.name}"
+    assert 'Status: "0 scopes, 0 cgroups, 0 released, 0 gone unread"' in SERVICE.status()
+
+
+def it_runs_as_its_own_user_without_power() -> None:
+    assert SERVICE["User"] == USER
+    threads = list(Path(f"/proc/{SERVICE.pid}/task").iterdir())
+    assert threads
+    for thread in threads:
+        status = (thread / "status").read_text()
+        assert {os.stat(thread).st_uid} == {int(run("id", "-u", USER))}
+        assert "NoNewPrivs:\t1" in status
+        assert capabilities(status) == {
+            "Inh": 0,
+            "Prm": CAP_DAC_OVERRIDE,
+            "Eff": 0,
+            "Bnd": CAP_DAC_OVERRIDE,
+            "Amb": 0,
+        }
+
+
+def it_gives_way_to_what_earns_money() -> None:
+    assert os.sched_getscheduler(SERVICE.pid) == os.SCHED_BATCH
+
+
+def it_writes_a_line_into_the_journal() -> None:
+    with Scope() as scope:
+        os.setxattr(scope.make("shop"), "user.account", b"alice")
+        scope.run("shop/fcgi-1", BURN)
+        scope.wait_empty()
+    lines = [line for line in SERVICE.journal() if line.startswith("shop/fcgi-1:")]
+    assert len(lines) == 1, lines
+    figures = LINE.fullmatch(lines[0])
+    assert figures, lines
+    total, user, system, percent = map(float, figures.groups())
+    assert 0.2 <= total <= 1.0
+    assert abs(total - user - system) < 0.11, lines
+    assert 10 <= percent <= 100
+
+
+def it_tells_the_script_the_same() -> None:
+    name, session = sorted(releases(), key=lambda release: release.path)
+    assert (name.path, name.account) == (f"{SLICE}/bp-spawn.scope/shop", "alice")
+    assert (session.path, session.account) == (f"{SLICE}/bp-spawn.scope/shop/fcgi-1", "")
+    for line in SERVICE.journal():
+        for release in (name, session):
+            if line.startswith(f"{release.path.partition('.scope/')[2]}: "):
+                assert f" cpu={release.total:.1f}s/" in line, line
+    assert session.own == session.total >= 0.2
+    assert name.total >= session.total
+    assert abs(name.own + session.own - name.total) < 0.000002
+
+
+def it_says_what_it_does() -> None:
+    with Scope() as scope:
+        jobs = [scope.begin(f"job-{number}") for number in range(3)]
+        SERVICE.reload()  # or it would tell when it feeds the watchdog
+        status = SERVICE["StatusText"]
+        assert status.startswith("1 scope, 4 cgroups, 2 released, "), status
+        for job in jobs:
+            job.kill()
+            job.wait()
+        scope.wait_empty()
+    SERVICE.reload()
+    status = SERVICE["StatusText"]
+    assert status.startswith("0 scopes, 0 cgroups, 5 released, "), status
+
+
+def time_to_deletion(scope: Scope, name: str) -> float:
+    """Run a job; return how many seconds after its end its cgroup was there."""
+    job = scope.begin(name, "read _")
+    directory = scope.directory / name
+    job.communicate(b"\n")
+    ended = time.monotonic()
+    assert cpu_usec(directory) > 0
+    wait_for("it is deleted", lambda: not directory.exists())
+    return time.monotonic() - ended
+
+
+def its_spawner_can_read_from_it_for_a_while() -> None:
+    with Scope() as scope:
+        times = [time_to_deletion(scope, f"job-{number}") for number in range(10)]
+    print("deleted after", ", ".join(f"{1000 * each:.0f}" for each in sorted(times)), "ms")
+    assert min(times) > 0.04  # 50 ms after the last notification, which may come before the end
+
+
+def nothing_is_touched_that_still_runs() -> None:
+    with Scope() as scope:
+        daemon = scope.begin("daemon")
+        for number in range(5):
+            scope.run(f"daemon/session-{number}")
+        wait_for(
+            "the sessions are gone",
+            lambda: (
+                scope.jobs() == ["daemon"]
+                and not [
+                    entry for entry in os.scandir(scope.directory / "daemon") if entry.is_dir()
+                ]
+            ),
+        )
+        assert daemon.poll() is None
+        assert counted(releases())[f"{scope.path}/daemon"] == 0
+        assert scope.own.is_dir()
+        daemon.kill()
+        daemon.wait()
+        scope.wait_empty()
+        assert counted(releases())[f"{scope.path}/daemon"] == 1
+
+
+def it_ends_when_told_to() -> None:
+    SERVICE.stop()
+    assert (SERVICE.state, SERVICE["Result"]) == ("inactive", "success")
+    assert STATE.is_dir()
+    assert SERVICE.processes() == {}
+
+
+if __name__ == "__main__":
+    keep(it_is_there_but_was_not_started)
+    use(RECORD)
+    keep(
+        it_starts_where_no_scope_is,
+        it_runs_as_its_own_user_without_power,
+        it_gives_way_to_what_earns_money,
+        it_writes_a_line_into_the_journal,
+        it_tells_the_script_the_same,
+        it_says_what_it_does,
+        its_spawner_can_read_from_it_for_a_while,
+        nothing_is_touched_that_still_runs,
+        it_ends_when_told_to,
+    )

@@ -1,0 +1,125 @@
+#!/usr/bin/python3
+"""systemctl reload calls the script's function reload, and returns when that is done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+from reaper import RECORD, SCRIPT, SERVICE, STATE, Scope, counted, forget_releases, releases, use
+from support import keep, wait_for
+
+COLLECTOR = Path("/run/collector")
+SIZE = 4 << 20  # bytes; more than a socket takes that nobody reads from
+
+CALLED = """
+local calls = 0
+
+local function note()
+  calls = calls + 1
+  local file = assert(io.open(os.getenv("STATE_DIRECTORY") .. "/reloads", "a"))
+  file:write(calls, "\\n")
+  file:close()
+end
+"""
+AT_ONCE = f"{RECORD}{CALLED}\nreload = note\n"
+WAITS = f"""{RECORD}{CALLED}
+function reload()
+  assert(assert(socket:connect("{COLLECTOR}")):send(("x"):rep({SIZE})))
+  note()
+end
+"""
+FAILS = f"""{RECORD}
+function reload()
+  error("no price list")
+end
+"""
+
+
+def calls() -> list[int]:
+    """Return what the script has counted, call by call, since it was loaded."""
+    file = STATE / "reloads"
+    return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+def load(script: str) -> None:
+    """Let the daemon run SCRIPT, from the beginning."""
+    SERVICE.stop()
+    (STATE / "reloads").unlink(missing_ok=True)
+    forget_releases()
+    use(script)
+    SERVICE.start()
+
+
+def each_reload_is_one_call() -> None:
+    load(AT_ONCE)
+    pid = SERVICE.pid
+    assert calls() == []
+    for number in range(1, 6):
+        SERVICE.reload()
+        assert calls() == list(range(1, number + 1))
+        assert (SERVICE.state, SERVICE["SubState"]) == ("active", "running")
+    assert (SERVICE.pid, SERVICE.restarts) == (pid, 0)
+
+
+def the_signal_alone_does_the_same() -> None:
+    before = calls()
+    os.kill(SERVICE.pid, signal.SIGHUP)
+    wait_for("it was called", lambda: calls() == [*before, len(before) + 1])
+    wait_for("it runs", lambda: (SERVICE.state, SERVICE["SubState"]) == ("active", "running"))
+
+
+def a_reload_that_waits_holds_up_who_asked_and_nobody_else() -> None:
+    load(WAITS)
+    with socket.socket(socket.AF_UNIX) as listener, Scope() as scope:
+        listener.bind(str(COLLECTOR))
+        COLLECTOR.chmod(0o666)
+        listener.listen()
+        asking = subprocess.Popen(["systemctl", "reload", SERVICE.name])
+        collector, _ = listener.accept()
+        with collector:
+            scope.run("meanwhile")
+            scope.wait_empty()
+            assert counted(releases())[f"{scope.path}/meanwhile"] == 1
+            assert (SERVICE.state, calls(), asking.poll()) == ("reloading", [], None)
+            left = SIZE
+            while left:
+                left -= len(collector.recv(1 << 20))
+        assert asking.wait(20) == 0
+    assert calls() == [1]
+    assert (SERVICE.state, SERVICE["SubState"]) == ("active", "running")
+
+
+def a_reload_that_fails_is_told_and_changes_nothing() -> None:
+    load(FAILS)
+    pid = SERVICE.pid
+    SERVICE.reload()
+    line = FAILS.splitlines().index('  error("no price list")') + 1
+    assert f"{SCRIPT}:{line}: no price list" in SERVICE.journal()
+    assert (SERVICE.state, SERVICE["SubState"], SERVICE.pid) == ("active", "running", pid)
+    with Scope() as scope:
+        scope.run("afterwards")
+        scope.wait_empty()
+        assert counted(releases())[f"{scope.path}/afterwards"] == 1
+
+
+def a_script_without_that_function_is_fine() -> None:
+    load(RECORD)
+    pid = SERVICE.pid
+    lines = len(SERVICE.journal())
+    SERVICE.reload()
+    assert (SERVICE.state, SERVICE["SubState"], SERVICE.pid) == ("active", "running", pid)
+    assert not [line for line in SERVICE.journal()[lines:] if "reaper.lua" in line]
+
+
+if __name__ == "__main__":
+    keep(
+        each_reload_is_one_call,
+        the_signal_alone_does_the_same,
+        a_reload_that_waits_holds_up_who_asked_and_nobody_else,
+        a_reload_that_fails_is_told_and_changes_nothing,
+        a_script_without_that_function_is_fine,
+    )

@@ -1,0 +1,1 @@
+"""Tests of the installed packages in whole machines, and what boots these."""
