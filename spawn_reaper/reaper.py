@@ -419,9 +419,12 @@ class Reaper:
         own = self._accounts.own(cgroup, found)
         if cgroup.reported and not cgroup.used and not any(msgspec.structs.astuple(own)):
             return True  # it was only the deletion that did not work
-        if not cgroup.used and not found.shows_use():
-            end = cgroup.seen + self._unclaimed_time
-            if self._now < end:
+        if not cgroup.used:
+            if found.shows_use():
+                # By its first process, perhaps, which came in after we had looked.
+                if not self._is_empty(opened):
+                    return False
+            elif self._now < (end := cgroup.seen + self._unclaimed_time):
                 self._look_at(end, cgroup)
                 return False
         opened.release = self._accounts.record(opened, found, own)
