@@ -17,12 +17,13 @@ PACKAGES := python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd
     lua-cjson postgresql iproute2 util-linux attr
 
 # The machines: a root folder, a disk with it, an initrd, and what emulates the one with the controllers.
-MACHINE_PACKAGES := mmdebstrap e2fsprogs cpio xz-utils qemu-system-x86
+MACHINE_PACKAGES := mmdebstrap debian-archive-keyring e2fsprogs cpio xz-utils qemu-system-x86
 
 PROGRAMS := build/libexec/cm4all-spawn-init build/libexec/cm4all-spawn-keeper
 
 .PHONY: demo test test-system check bench deb clean packages machine-packages
 .DELETE_ON_ERROR:
+.NOTPARALLEL:  # apt can be run once at a time
 
 demo: .venv/complete $(PROGRAMS)
 	@$(SUDO) .venv/bin/python -m demo

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from accessory import Inhabitant
 from netns import Instance, host
 from packages import ALL, apt, states
 from reaper import Scope
-from support import keep, run, wait_for
+from support import Unit, keep, run, wait_for
 
 BLUE = Instance("blue")
 UNITS = (accessory.SOCKET, accessory.SERVICE, reaper.SERVICE, BLUE)
@@ -86,6 +87,28 @@ def removal_ends_what_a_stopped_accessory_keeps() -> None:
     wait_for("what ran in namespaces ends", inhabitant.has_ended)
 
 
+def removal_ends_what_has_failed() -> None:
+    apt("install", *ALL)
+    inhabitant = start()
+    processes = accessory.SERVICE.processes()
+    for service in (accessory.SERVICE, reaper.SERVICE):
+        drop_in = Path(f"/run/systemd/system/{service.name}.d/once.conf")
+        drop_in.parent.mkdir()
+        drop_in.write_text("[Service]\nRestart=no\n")
+    run("systemctl", "daemon-reload")
+    for service in (accessory.SERVICE, reaper.SERVICE):
+        os.kill(service.pid, signal.SIGKILL)
+    for service in (accessory.SERVICE, reaper.SERVICE):
+        wait_until_failed(service)
+    apt("remove", *ALL)
+    wait_for("all processes end", lambda: not any(map(exists, processes)))
+    wait_for("what ran in namespaces ends", inhabitant.has_ended)
+    for service in (accessory.SERVICE, reaper.SERVICE):
+        shutil.rmtree(f"/run/systemd/system/{service.name}.d")
+    run("systemctl", "daemon-reload")
+    assert active_or_failed() == ""
+
+
 def purging_leaves_only_what_has_never_been_ours() -> None:
     apt("install", *ALL)
     start()
@@ -116,6 +139,10 @@ def start() -> Inhabitant:
     for unit in UNITS:
         unit.start()
     return Inhabitant("alice")
+
+
+def wait_until_failed(service: Unit) -> None:
+    wait_for("it has failed", lambda: service.state == "failed")
 
 
 def exists(pid: int) -> bool:
@@ -178,5 +205,6 @@ if __name__ == "__main__":
         what_the_administrator_wrote_stays,
         what_is_installed_again_uses_it,
         removal_ends_what_a_stopped_accessory_keeps,
+        removal_ends_what_has_failed,
         purging_leaves_only_what_has_never_been_ours,
     )

@@ -23,12 +23,13 @@ def _commands() -> list[str]:
     return [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in blocks]
 
 
-MAKE, INSTALL, START, ASK, JOB, RELOAD = _commands()
+MAKE, INSTALL, START, ASK, JOB, CHECK, RELOAD = _commands()
 
 
 def follow(commands: str) -> str:
-    """Run commands as the reader's shell would; return what they print."""
-    shell = ["sh", "-e", "-c", commands.replace("sudo ", "")]
+    """Run commands as the reader's shell would, but without sudo; return what they print."""
+    commands = re.sub(r"sudo -u (\S+)", r"runuser -u \1 --", commands).replace("sudo ", "")
+    shell = ["sh", "-e", "-c", commands]
     done = subprocess.run(shell, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"{commands}: {done.stdout}{done.stderr}"
     return done.stdout
@@ -64,7 +65,7 @@ def the_job_is_logged() -> None:
 def the_script_is_loaded_again() -> None:
     script = Path("/etc/cm4all/spawn/reaper.lua")
     script.write_text('print("loaded")\nfunction cgroup_released(cgroup) end\n')
-    run("cm4all-spawn-reaper", "--check")
+    follow(CHECK)
     follow(RELOAD)
     journal = ("journalctl", "-o", "cat", "-u", REAPER.name)
     wait_for("the script has run", lambda: "loaded\n" in run(*journal))

@@ -112,8 +112,25 @@ def moment_of_restart(number: int) -> float:
 def it_is_not_tried_again_at_full_speed() -> None:
     use("error('wrong')\n")
     fails(f"{SCRIPT}:1: wrong")
-    first, second = (moment_of_restart(number) for number in (1, 2))
+    number = SERVICE.restarts
+    first, second = moment_of_restart(number + 1), moment_of_restart(number + 2)
     assert second - first > 2.5
+
+
+def in_the_end_it_counts_as_failed() -> None:
+    drop_in = Path(f"/run/systemd/system/{SERVICE.name}.d/often.conf")
+    drop_in.parent.mkdir()
+    drop_in.write_text("[Unit]\nStartLimitBurst=3\n[Service]\nRestartSec=100ms\n")
+    run("systemctl", "daemon-reload")
+    fails(f"{SCRIPT}:1: wrong")
+    wait_for("it is given up", lambda: SERVICE.state == "failed")
+    assert f'Status: "{SCRIPT}:1: wrong"' in SERVICE.status()
+    drop_in.unlink()
+    run("systemctl", "daemon-reload")
+    forgive()
+    use(RECORD)
+    SERVICE.start()
+    works()
 
 
 if __name__ == "__main__":
@@ -129,4 +146,5 @@ if __name__ == "__main__":
         a_second_daemon,
         a_daemon_that_somebody_has_started_by_hand,
         it_is_not_tried_again_at_full_speed,
+        in_the_end_it_counts_as_failed,
     )

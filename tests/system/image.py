@@ -77,7 +77,7 @@ def base() -> Path:
             *(SUITE, str(root)),
         )
 
-    return made("base", [include, *_texts("kernel", "customize")], make)
+    return made("base", [include, *_texts("image.py", "kernel", "customize")], make)
 
 
 def kernel() -> Path:
@@ -91,7 +91,7 @@ def minimal() -> Path:
     def make(directory: Path) -> None:
         _mmdebstrap("--variant=apt", "--skip=cleanup/apt/lists", SUITE, str(directory))
 
-    return made("minimal", [SUITE], make)
+    return made("minimal", _texts("image.py"), make)
 
 
 def installed() -> Path:
@@ -110,7 +110,7 @@ def installed() -> Path:
         run("sh", str(HERE / "enter"), str(root), "apt-get", "install", "-q", "-y", *names)
 
     ingredients = [system.name, *(f"{package.name} {_digest(package)}" for package in packages)]
-    return made("installed", [*ingredients, *_texts("enter")], make) / "root"
+    return made("installed", [*ingredients, *_texts("image.py", "enter")], make) / "root"
 
 
 def write_repository(root: Path, packages: Sequence[Path]) -> None:
@@ -147,8 +147,9 @@ def made(kind: str, ingredients: Sequence[str], make: Callable[[Path], None]) ->
             unfinished.mkdir()
             make(unfinished)
             unfinished.rename(directory)
-        _in_use.append(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
-        fcntl.flock(_in_use[-1], fcntl.LOCK_SH)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        _in_use.append(descriptor)
     return directory
 
 
@@ -183,9 +184,10 @@ def _texts(*names: str) -> list[str]:
 
 
 def _mmdebstrap(*arguments: str) -> None:
+    # It mounts the host's /dev/shm and others in the new root: nobody else must find them there.
     run(
-        "mmdebstrap",
-        "--quiet",
+        *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+        *("mmdebstrap", "--quiet"),
         '--aptopt=Acquire::Retries "3"',
         "--dpkgopt=force-unsafe-io",
         *arguments,
@@ -193,9 +195,12 @@ def _mmdebstrap(*arguments: str) -> None:
 
 
 def run(*command: str) -> str:
-    """Run a command to its end; return what it printed, and raise Unusable if it failed."""
+    """Run a command to its end; return what it printed, and raise Unusable if it failed.
+
+    If we are killed, so is it: nothing goes on that other processes do not know of.
+    """
     result = subprocess.run(
-        command,
+        ["setpriv", "--pdeathsig", "KILL", *command],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -130,7 +130,7 @@ class Machine:
         environment = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
         return [
             *("sh", "-c", script, "sh", str(self.cgroup / "commands")),
-            *("nsenter", "--target", str(self._init), "--all"),
+            *("nsenter", "--target", str(self._init), "--all", "--root"),
             *("env", "--ignore-environment", *environment, "--chdir=/root", *command),
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from tests.system import image
 from tests.system.emulated import EmulatedMachine
 from tests.system.machine import Failed, Host, Machine
 from tests.system.scripts import read_control, run_script
-from tests.tools.harness import wait_for
+from tests.tools.harness import DEADLINE, wait_for
 from tests.tools.native import ROOT
 
 FAILS = """
@@ -120,6 +121,18 @@ def test_a_panic_is_a_failure_with_what_the_kernel_said(tmp_path: Path) -> None:
         outcome = run_script(machine, "example", source=tmp_path, seconds=60)
     assert not outcome.passed
     assert "Kernel panic" in outcome.report
+
+
+def test_a_command_ends_when_the_runner_is_killed(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    command = f"echo $$ >{started}; exec sleep 1000"
+    code = f"from tests.system import image; image.run('sh', '-c', '{command}')"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as runner:
+        wait_for("it runs", lambda: started.exists() and started.read_text() != "")
+        pidfd = os.pidfd_open(int(started.read_text()))
+        runner.kill()
+    assert select.select([pidfd], [], [], DEADLINE)[0]
+    os.close(pidfd)
 
 
 def test_without_systemd_nothing_boots_and_nothing_stays(tmp_path: Path) -> None:
