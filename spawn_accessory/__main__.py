@@ -24,10 +24,17 @@ from spawn_accessory.server import Server
 from spawn_accessory.settings import Settings, check
 from spawn_accessory.watch import Watch
 from spawn_common import VERSION, linux, sockets
-from spawn_common.command import Unusable, Version, freeze_memory, load_settings, reporting
+from spawn_common.command import (
+    Unusable,
+    Version,
+    freeze_memory,
+    load_settings,
+    problem,
+    reporting,
+)
 from spawn_common.privileges import pass_on
 from spawn_common.service import Service
-from spawn_common.standalone import Standing, add_options, standing_alone
+from spawn_common.standalone import Standing, add_options, refuse_options, standing_alone
 
 _log = logging.getLogger("spawn_accessory")
 
@@ -89,6 +96,8 @@ def _parse_arguments() -> argparse.Namespace:
     for address in arguments.listen or ():
         if address[:1] not in ("@", "/") or len(address) < 2:
             parser.error(f"--listen {address!r}: @NAME or /PATH expected")
+    if arguments.check:
+        refuse_options(parser, arguments)
     return arguments
 
 
@@ -106,7 +115,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 async def _serve(arguments: argparse.Namespace, standing: Standing) -> None:
     """Run the daemon until it is told to stop."""
-    _pass_on_capabilities()
+    with problem("cannot set our capabilities"):
+        pass_on(*_CAPABILITIES)
     began = time.monotonic()
     listeners, keepers = _passed()
     settings = _settings(arguments)
@@ -158,13 +168,6 @@ async def _serve(arguments: argparse.Namespace, standing: Standing) -> None:
         await service.stopped()
 
 
-def _pass_on_capabilities() -> None:
-    try:
-        pass_on(*_CAPABILITIES)
-    except OSError as error:
-        raise Unusable(f"cannot set our capabilities: {error.strerror}") from None
-
-
 def _raise_limit() -> None:
     """Allow ourselves as many descriptors as we may have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -209,10 +212,8 @@ def _unlink(path: str) -> None:
 
 
 def _maker() -> Maker:
-    try:
+    with problem("cannot enter our own namespaces"):
         return Maker()
-    except OSError as error:
-        raise Unusable(f"cannot enter our own namespaces: {error.strerror}") from None
 
 
 def _keeper(address: str, watch: Watch, olds: list[socket.socket]) -> Keeper:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import hashlib
+import logging
 import os
 import socket
 import struct
 from collections.abc import Iterable
 from contextlib import suppress
+
+_log = logging.getLogger(__name__)
 
 
 class AlreadyRunning(Exception):
@@ -40,7 +44,7 @@ class Claims:
         """Claim NAME for this process, or raise AlreadyRunning; needs a running event loop.
 
         A name held by somebody who is not trusted cannot keep a daemon from starting: otherwise
-        any user could.
+        any user could. That is only logged.
         """
         holder = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         address = self._address(name)
@@ -54,6 +58,7 @@ class Claims:
             pid, uid = _peer(address)
             if uid in self._trusted:
                 raise AlreadyRunning(name, pid) from None
+            _tell_of_stranger(name, pid, uid)
         else:
             # Those who come to ask who we are would fill the queue if they were left in it.
             asyncio.get_running_loop().add_reader(holder, _turn_away, holder)
@@ -74,6 +79,14 @@ class Claims:
         # Of fixed length, since an abstract name has 107 bytes at most.
         digest = hashlib.sha256(os.fsencode(f"{self._kind}\0{name}")).hexdigest()
         return f"\0cm4all-spawn-claim/{digest}".encode()
+
+
+@functools.cache  # once for each, though there may be several claims of one name
+def _tell_of_stranger(name: str, pid: int, uid: int) -> None:
+    _log.warning(
+        "%s is claimed by process %s of user %s, too, which is ignored",
+        *(name, pid or "(unknown)", uid if uid >= 0 else "(unknown)"),
+    )
 
 
 def _turn_away(holder: socket.socket) -> None:

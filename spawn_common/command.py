@@ -30,6 +30,15 @@ class Unusable(Exception):
 
 
 @contextmanager
+def problem(what: str) -> Iterator[None]:
+    """Let an OSError mean that WHAT does not work, and be Unusable for that."""
+    try:
+        yield
+    except OSError as error:
+        raise Unusable(f"{what}: {error.strerror or error}") from None
+
+
+@contextmanager
 def reporting(program: str) -> Iterator[None]:
     """Log to standard error, and end with status 1 when the work cannot be done."""
     _open_streams()

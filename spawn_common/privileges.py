@@ -23,33 +23,45 @@ class Account(NamedTuple):
     uid: int | None
     gid: int | None
     groups: list[int]
+    environment: dict[str, str]
 
 
 def find_account(user: str | None, group: str | None) -> Account | None:
     """Look up a user and a group, both names or numbers; a user brings his groups along.
 
-    A user's number need not be known, if there is a group: in containers it often is not.
+    A number need not be known, a user's if there is a group: in containers it often is not.
     LookupError says what does not exist. None if there is nothing to look up.
     """
     gid = _find_group(group) if group is not None else None
     if user is None:
-        return None if gid is None else Account(None, gid, [])
+        return None if gid is None else Account(None, gid, [], {})
+    uid = _number(user)
     try:
-        entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
-    except (KeyError, OverflowError):
-        if user.isdecimal() and int(user) < _NO_ID and gid is not None:
-            return Account(int(user), gid, [gid])
+        entry = pwd.getpwnam(user) if uid is None else pwd.getpwuid(uid)
+    except KeyError:
+        if uid is not None and gid is not None:
+            return Account(uid, gid, [gid], {"HOME": "/", "USER": user, "LOGNAME": user})
         raise LookupError(f"there is no user {user!r}") from None
     if gid is None:
         gid = entry.pw_gid
-    return Account(entry.pw_uid, gid, os.getgrouplist(entry.pw_name, gid))
+    name = entry.pw_name
+    environment = {"HOME": entry.pw_dir, "USER": name, "LOGNAME": name}
+    return Account(entry.pw_uid, gid, os.getgrouplist(name, gid), environment)
 
 
 def _find_group(group: str) -> int:
+    gid = _number(group)
     try:
-        return (grp.getgrgid(int(group)) if group.isdecimal() else grp.getgrnam(group)).gr_gid
-    except (KeyError, OverflowError):
+        return grp.getgrnam(group).gr_gid if gid is None else gid
+    except KeyError:
         raise LookupError(f"there is no group {group!r}") from None
+
+
+def _number(text: str) -> int | None:
+    """Return the id that a text is, None if it is none: then it may be a name."""
+    if not text.isdecimal() or len(text) > len(str(_NO_ID)) or int(text) >= _NO_ID:
+        return None
+    return int(text)
 
 
 def become(account: Account) -> None:
@@ -65,6 +77,7 @@ def become(account: Account) -> None:
     if account.uid is not None:
         os.setresuid(account.uid, account.uid, account.uid)
         linux.allow_tracing()
+    os.environ.update(account.environment)  # libpq looks for certificates in the home directory
 
 
 def pass_on(*needed: int) -> None:

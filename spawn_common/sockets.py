@@ -87,6 +87,17 @@ def _raw(address: str) -> str:
 
 
 def _bind(listener: socket.socket, address: str) -> None:
+    # Anybody may connect: who may do what is decided for each connection. Not by chmod afterwards:
+    # in a directory of somebody else, the path may be another file by then.
+    umask = os.umask(0o111)
+    try:
+        _bind_anew(listener, address)
+    finally:
+        os.umask(umask)
+
+
+def _bind_anew(listener: socket.socket, address: str) -> None:
+    """Bind a socket, to a path that a daemon has left behind, too."""
     try:
         listener.bind(_raw(address))
     except OSError as error:
@@ -99,9 +110,6 @@ def _bind(listener: socket.socket, address: str) -> None:
             raise InUse(f"{address} is already in use by process {holder or '(unknown)'}") from None
         os.unlink(address)  # its daemon is dead
         listener.bind(address)
-    if not address.startswith("@"):
-        # Who may do what is decided for each connection.
-        os.chmod(address, 0o666)  # noqa: S103
 
 
 def _listener_at(address: str) -> int | None:

@@ -7,16 +7,18 @@ did not start, and root's powers are there for as long as files have to be made.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import signal
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from spawn_common.command import Unusable, complain
+from spawn_common.command import Unusable, complain, problem
 from spawn_common.pidfile import AlreadyLocked, PidFile
 from spawn_common.privileges import Account, become, find_account
 
@@ -25,6 +27,13 @@ _log = logging.getLogger(__name__)
 _UMASK: Final = 0o022
 _OUTPUT: Final = (1, 2)
 _NOWHERE: Final = Path(os.devnull)
+# No link, which could lead elsewhere with root's powers; and no pipe that nobody reads.
+_APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
+# Between a service manager and whoever starts a daemon that goes into the background.
+_OF_OTHERS: Final = (
+    *("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"),
+    *("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"),
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +103,7 @@ class Standing:
     def tell(self, program: str, problems: Iterable[str]) -> None:
         """Tell who started the daemon why it does not run: the log file has it, too."""
         if self._terminal is not None:
-            with open(self._terminal, "w", closefd=False) as terminal:
+            with suppress(OSError), open(self._terminal, "w", closefd=False) as terminal:
                 complain(program, problems, terminal)
 
     def detach(self, keep: list[int]) -> None:
@@ -102,16 +111,19 @@ class Standing:
         from daemon import DaemonContext
 
         reader, self._waiting = os.pipe()
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, (signal.SIGINT,)
-        )  # what we hold is the child's now
-        if os.fork():
+        # From here on all that we hold is the child's: Ctrl-C must not make us give it back.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+        with problem("cannot go into the background"):
+            child = os.fork()
+        if child:
             os.close(self._waiting)
             with suppress(KeyboardInterrupt):
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
                 if os.read(reader, 1):
                     os._exit(0)
             os._exit(1)
+        for name in _OF_OTHERS:
+            os.environ.pop(name, None)
         if self._terminal is not None:
             keep = [*keep, self._terminal]
         DaemonContext(
@@ -155,6 +167,16 @@ def standing_alone(program: str, arguments: argparse.Namespace) -> Iterator[Stan
         except Unusable as error:
             standing.tell(program, error.problems)
             raise
+        except Exception as error:  # a mistake of ours, whose traceback is logged
+            standing.tell(program, [f"{type(error).__name__}: {error}"])
+            raise
+
+
+def refuse_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with a message about wrong usage if there is one of these options: nothing will run."""
+    for name in ("detach", "pid_file", "user", "group", "log_file"):
+        if getattr(arguments, name) not in (None, False):
+            parser.error(f"--{name.replace('_', '-')} is for running the daemon only")
 
 
 def _account(arguments: argparse.Namespace) -> Account | None:
@@ -165,27 +187,24 @@ def _account(arguments: argparse.Namespace) -> Account | None:
 
 
 def _become(account: Account, arguments: argparse.Namespace) -> None:
-    try:
+    who = f"user {arguments.user}" if arguments.user else f"a member of {arguments.group}"
+    with problem(f"cannot become {who}"):
         become(account)
-    except OSError as error:
-        who = f"user {arguments.user}" if arguments.user else f"a member of {arguments.group}"
-        raise Unusable(f"cannot become {who}: {error.strerror}") from None
 
 
 def _lock(path: Path) -> PidFile:
     try:
-        return PidFile(path)
+        with problem(str(path)):
+            return PidFile(path)
     except AlreadyLocked as error:
         raise Unusable(str(error)) from None
-    except OSError as error:
-        raise Unusable(f"{path}: {error.strerror}") from None
 
 
 def _write(pid_file: PidFile, path: Path) -> None:
-    try:
+    # From now on we may be told to end, before there is a handler, too. Service unblocks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT))
+    with problem(str(path)):  # on a full disk, say
         pid_file.write()
-    except OSError as error:  # a full disk, say
-        raise Unusable(f"{path}: {error.strerror}") from None
 
 
 class _LogFile:
@@ -197,10 +216,8 @@ class _LogFile:
 
     def open(self) -> None:
         """Let output go to the file, or raise Unusable."""
-        try:
+        with problem(str(self._path)):
             self._open()
-        except OSError as error:
-            raise Unusable(f"{self._path}: {error.strerror}") from None
 
     def reopen(self) -> None:
         """Do so again; if that is impossible, output goes on to where it goes now."""
@@ -216,16 +233,17 @@ class _LogFile:
             _redirect(self._path, _APPEND)
             return
         if self._account is not None and os.geteuid() == 0:
-            uid, gid, _ = self._account
+            uid, gid = self._account.uid, self._account.gid
             os.fchown(2, -1 if uid is None else uid, -1 if gid is None else gid)
-
-
-_APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_NOCTTY
 
 
 def _redirect(path: Path, flags: int) -> None:
     """Let standard output and standard error go to the file at PATH."""
     fd = os.open(path, flags | os.O_CLOEXEC, 0o640)
-    for output in _OUTPUT:
-        os.dup2(fd, output)
-    os.close(fd)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode) and path != _NOWHERE:
+            raise OSError(errno.EINVAL, "not a regular file")
+        for output in _OUTPUT:
+            os.dup2(fd, output)
+    finally:
+        os.close(fd)

@@ -18,10 +18,17 @@ import msgspec
 
 from spawn_common import linux
 from spawn_common.claims import AlreadyRunning, Claims
-from spawn_common.command import Unusable, Version, freeze_memory, load_settings, reporting
+from spawn_common.command import (
+    Unusable,
+    Version,
+    freeze_memory,
+    load_settings,
+    problem,
+    reporting,
+)
 from spawn_common.privileges import Reserve
 from spawn_common.service import Service
-from spawn_common.standalone import Standing, add_options, standing_alone
+from spawn_common.standalone import Standing, add_options, refuse_options, standing_alone
 from spawn_reaper.accounts import Accounts
 from spawn_reaper.bindings.calling import Trace
 from spawn_reaper.reaper import Reaper
@@ -46,8 +53,10 @@ def main() -> None:
     _allow_deep_recursion()
     with reporting(PROGRAM):
         if arguments.check:
+            _reserve()
             asyncio.run(_check(arguments))
         elif arguments.release:
+            _reserve()
             asyncio.run(_try(arguments))
         else:
             with standing_alone(PROGRAM, arguments) as standing:
@@ -103,7 +112,10 @@ def _parse_arguments() -> argparse.Namespace:
     )
     add_options(parser)
     parser.add_argument("--version", action=Version, help="print the version and exit")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.check or arguments.release:
+        refuse_options(parser, arguments)
+    return arguments
 
 
 def _allow_deep_recursion() -> None:
@@ -262,7 +274,7 @@ async def _serve(arguments: argparse.Namespace, standing: Standing) -> None:
     # Patterns are claimed because a scope may be absent now, scopes because patterns may overlap.
     patterns, scopes = _claims(root, "pattern"), _claims(root, "scope")
     try:
-        for pattern in settings.scopes:
+        for pattern in dict.fromkeys(settings.scopes):
             patterns.take(pattern)
         stopped = asyncio.ensure_future(service.stopped())
         path = _script_path(arguments)
@@ -273,16 +285,7 @@ async def _serve(arguments: argparse.Namespace, standing: Standing) -> None:
             if not loading.done():
                 return
             script = await loading
-        reaper = Reaper(
-            ScopeFinder(root, [os.fsencode(pattern) for pattern in settings.scopes]),
-            Accounts(_local_counters(root, mount_options), pressure=settings.pressure),
-            scopes,
-            reserve,
-            grace=settings.grace,
-            unclaimed=settings.unclaimed,
-            log_lines=settings.log,
-            hooks=script if script and script.handles_releases else None,
-        )
+        reaper = _reaper(settings, root, mount_options, scopes, reserve, script)
         reaper.start()
         freeze_memory()
         service.ready()
@@ -300,12 +303,31 @@ async def _serve(arguments: argparse.Namespace, standing: Standing) -> None:
         scopes.close()
 
 
+def _reaper(
+    settings: Settings,
+    root: bytes,
+    mount_options: frozenset[bytes],
+    claims: Claims,
+    reserve: Reserve,
+    script: Script | None,
+) -> Reaper:
+    with problem("cannot watch cgroups"):  # fs.inotify.max_user_instances, say
+        return Reaper(
+            ScopeFinder(root, [os.fsencode(pattern) for pattern in settings.scopes]),
+            Accounts(_local_counters(root, mount_options), pressure=settings.pressure),
+            claims,
+            reserve,
+            grace=settings.grace,
+            unclaimed=settings.unclaimed,
+            log_lines=settings.log,
+            hooks=script if script and script.handles_releases else None,
+        )
+
+
 def _reserve() -> Reserve:
     """Return the power to delete the cgroups of others, which nothing else here shall have."""
-    try:
+    with problem("cannot set our capabilities"):  # because of a filter of system calls, say
         return Reserve(linux.CAP_DAC_OVERRIDE)
-    except OSError as error:  # a filter of system calls, say
-        raise Unusable(f"cannot set our capabilities: {error.strerror}") from None
 
 
 def _local_counters(root: bytes, mount_options: frozenset[bytes]) -> frozenset[str]:

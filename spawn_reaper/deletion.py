@@ -22,6 +22,7 @@ from spawn_reaper.tree import Scope, located
 
 _NOTE: Final = "user.cm4all-spawn-reaper.deleting"
 _SEPARATOR: Final = b"/"
+_NOT_NAMES: Final = (b"", b".", b"..")
 
 
 @contextmanager
@@ -76,6 +77,8 @@ def recover(scope: Scope) -> None:
     with suppress(OSError):
         names = os.getxattr(scope.fd, _NOTE)
         for name in names.split(_SEPARATOR):
+            if name in _NOT_NAMES:  # whoever owns the scope can write this
+                continue
             with suppress(OSError):
                 fd = os.open(name + b"/cgroup.freeze", os.O_WRONLY | os.O_CLOEXEC, dir_fd=scope.fd)
                 try:

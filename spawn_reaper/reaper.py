@@ -357,12 +357,7 @@ class Reaper:
             for opened in settled:
                 if opened.release:
                     self._hand_over(opened.release, opened.directory)
-            remainders = []
-            with self._reserve, deletions(settled) as noted:
-                for opened in settled:
-                    remainders += self._delete(opened, noted)
-            for remainder in remainders:  # only now: no script runs with what we hold in reserve
-                self._hand_over(remainder, None)
+            self._delete_all(settled)
         except Exception:
             # A mistake of ours: nothing else may wait for it, and nothing may be forgotten.
             _log.exception("a batch of %d cgroups was interrupted", len(cgroups))
@@ -374,6 +369,16 @@ class Reaper:
                 if opened.release and self._hooks:
                     self._hooks.deleted(opened.release)
                 opened.close()
+
+    def _delete_all(self, settled: list[Opened]) -> None:
+        remainders: list[Release] = []
+        try:
+            with self._reserve, deletions(settled) as noted:
+                for opened in settled:
+                    remainders += self._delete(opened, noted)
+        finally:
+            for remainder in remainders:  # only now: no script runs with what we hold in reserve
+                self._hand_over(remainder, None)
 
     def _look(self, cgroup: Cgroup, settled: list[Opened]) -> None:
         """Open a cgroup; if it is to be deleted, record its use and add it to SETTLED."""

@@ -91,6 +91,25 @@ def test_check_knows_the_users_and_groups_of_this_host(settings: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "running",
+    [
+        ["--detach"],
+        ["--pid-file", "daemon.pid"],
+        ["--user", "nobody"],
+        ["--group", "0"],
+        ["--log-file", "daemon.log"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_options_for_running_the_daemon_are_wrong_usage_in_a_check(running: list[str]) -> None:
+    result = run("--check", *running)
+    assert (result.returncode, result.stdout) == (2, "")
+    last = result.stderr.splitlines()[-1]
+    assert last == f"{NAME_OF_PROGRAM}: error: {running[0]} is for running the daemon only"
+    assert not Path(running[-1]).exists()
+
+
 def test_a_file_that_is_asked_for_must_exist(settings: Path) -> None:
     assert problems(run("--config", settings)) == [f"{settings}: No such file or directory"]
 
@@ -163,9 +182,11 @@ def accessory_path(stopped_accessory: Accessory, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("umask", ["022", "077"])
 def test_a_path_is_there_for_all_and_gone_after_the_end(
-    stopped_accessory: Accessory, path: Path
+    stopped_accessory: Accessory, path: Path, umask: str
 ) -> None:
+    stopped_accessory.wrapper = ["sh", "-c", f'umask {umask}; exec "$@"', "sh"]
     stopped_accessory.start()
     assert stat.S_ISSOCK(path.stat().st_mode)
     assert stat.S_IMODE(path.stat().st_mode) == 0o666

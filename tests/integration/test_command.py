@@ -153,6 +153,28 @@ def test_what_cannot_be_tried_is_named(
     assert problems(result)[0].startswith(problem)
 
 
+RUNNING = [
+    ["--detach"],
+    ["--pid-file", "daemon.pid"],
+    ["--user", "nobody"],
+    ["--group", "0"],
+    ["--log-file", "daemon.log"],
+]
+
+
+@pytest.mark.parametrize("running", RUNNING, ids=lambda options: options[0])
+@pytest.mark.parametrize("trying", [["--check"], ["--try", "r.json"]], ids=lambda o: o[0])
+def test_options_for_running_the_daemon_are_wrong_usage_where_none_runs(
+    tmp_path: Path, trying: list[str], running: list[str]
+) -> None:
+    (tmp_path / "s.lua").write_text("print('main chunk')")
+    result = run(*trying, "--lua", "s.lua", *running, directory=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    last = result.stderr.splitlines()[-1]
+    assert last == f"cm4all-spawn-reaper: error: {running[0]} is for running the daemon only"
+    assert [path.name for path in tmp_path.iterdir()] == ["s.lua"]
+
+
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
@@ -218,6 +240,15 @@ def test_without_a_default_script_the_reaper_says_so_and_runs(host: Host, scope:
     reaper.stop()
     text = "/etc/cm4all/spawn/reaper.lua does not exist, running without a script"
     assert text in reaper.errors()
+
+
+def test_a_scope_that_is_given_twice_is_managed_once(host: Host, scope: Cgroup) -> None:
+    reaper = host.reaper(scope, scope)
+    scope.make("job").run()
+    wait_for("it is gone", lambda: scope.children() == ["_"])
+    reaper.stop()
+    assert len(reaper.releases()) == 1
+    assert reaper.errors().count(f"watching scope {host.path_of(scope)}") == 1
 
 
 def test_the_log_line_can_be_turned_off(host: Host, scope: Cgroup) -> None:

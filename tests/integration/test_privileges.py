@@ -6,12 +6,15 @@ import grp
 import os
 import pwd
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.tools.harness import Host, read_releases, wait_for
+from tests.tools.harness import DEADLINE, Host, read_releases, wait_for
 from tests.tools.standing import (
     ACCESSORY,
     REAPER,
@@ -43,6 +46,7 @@ NEEDED_FOR_NAMESPACES = 1 << 5 | 1 << 6 | 1 << 7 | 1 << 21 | 1 << 31
 NOBODY = pwd.getpwnam("nobody")
 OTHER = pwd.getpwuid(1)
 GROUP = grp.getgrgid(2)
+UNKNOWN = "54321"  # neither a user nor a group
 BURN = "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done"
 
 
@@ -111,6 +115,42 @@ def test_a_group_alone_leaves_the_user_as_he_is(command: Command) -> None:
     command.check_that_it_works()
 
 
+def test_numbers_of_user_and_group_need_not_be_known(command: Command) -> None:
+    command.detach("--user", UNKNOWN, "--group", UNKNOWN)
+    for process in command.processes():
+        assert status(process)["Uid"] == status(process)["Gid"] == four(int(UNKNOWN))
+        assert groups_of(process) == {int(UNKNOWN)}
+    command.check_that_it_works()
+
+
+ENVIRONMENT = """
+for _, name in ipairs{"HOME", "USER", "LOGNAME"} do
+  print(name .. "=" .. (os.getenv(name) or ""))
+end
+os.execute("echo child $HOME $USER $LOGNAME")
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "home", "name"),
+    [
+        (["--user", str(NOBODY.pw_uid)], NOBODY.pw_dir, NOBODY.pw_name),
+        (["--user", OTHER.pw_name, "--group", "0"], OTHER.pw_dir, OTHER.pw_name),
+        (["--user", UNKNOWN, "--group", "0"], "/", UNKNOWN),
+        (["--group", "0"], "/elsewhere", "somebody"),
+    ],
+)
+def test_home_and_name_are_those_of_the_user(
+    reaper: Command, options: list[str], home: str, name: str
+) -> None:
+    (reaper.directory / "environment.lua").write_text(ENVIRONMENT)
+    reaper.wrapper += ["env", "HOME=/elsewhere", "USER=somebody", "LOGNAME=somebody"]
+    reaper.detach(*options, "--lua", "environment.lua", "--log-file", reaper.log_file)
+    told = reaper.log_file.read_text().splitlines()
+    for line in (f"HOME={home}", f"USER={name}", f"LOGNAME={name}", f"child {home} {name} {name}"):
+        assert line in told
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -174,6 +214,65 @@ def test_a_daemon_whose_user_has_no_capability_gets_none(command: Command) -> No
     assert result.returncode == 0, result.stderr
     (pid,) = command.processes()
     assert all(capabilities(pid)[name] == 0 for name in ("Prm", "Eff", "Inh", "Amb"))
+
+
+# Others on the host
+
+
+def test_somebody_who_is_not_trusted_cannot_keep_a_reaper_from_starting(
+    host: Host, reaper: Command
+) -> None:
+    squatter = unprivileged_command(REAPER, host)
+    as_nobody(squatter)
+    result = squatter.run("--detach")
+    assert result.returncode == 0, result.stderr
+    (other,) = squatter.processes()
+    reaper.detach("--log-file", reaper.log_file)
+    what = reaper.arguments[reaper.arguments.index("--scope") + 1]
+    who = f"process {other} of user {NOBODY.pw_uid}"
+    told = {line for line in reaper.log_file.read_text().splitlines() if "claimed" in line}
+    assert told == {f"{what} is claimed by {who}, too, which is ignored"}
+    os.kill(other, signal.SIGKILL)
+    wait_for("it has ended", lambda: other not in reaper.processes())
+    reaper.check_that_it_works()
+
+
+EXHAUST = """
+import ctypes, errno, os, resource
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+libc = ctypes.CDLL(None, use_errno=True)
+while libc.inotify_init1(os.O_CLOEXEC) >= 0:
+    pass
+assert ctypes.get_errno() == errno.EMFILE
+print("that was the last one", flush=True)
+input()
+"""
+
+
+@contextmanager
+def exhausted_inotify(uid: str) -> Iterator[None]:
+    """Leave a user no inotify instance, as fs.inotify.max_user_instances has it."""
+    command = [*readable_to_all(), "setpriv", f"--reuid={uid}", "--clear-groups"]
+    command += [sys.executable, "-c", EXHAUST]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"that was the last one\n"
+        try:
+            yield
+        finally:
+            process.stdin.write(b"\n")
+            process.stdin.close()
+            assert process.wait(DEADLINE) == 0
+
+
+def test_where_nothing_can_be_watched_the_reaper_says_so_and_ends(reaper: Command) -> None:
+    with exhausted_inotify(UNKNOWN):
+        result = reaper.run("--detach", "--user", UNKNOWN, "--group", UNKNOWN)
+    problem = "cannot watch cgroups: inotify_init1: Too many open files"
+    assert (result.returncode, result.stderr) == (1, f"{REAPER}: {problem}\n")
+    wait_for("nothing of it runs", reaper.is_gone)
 
 
 # Files
@@ -352,10 +451,25 @@ def test_nothing_that_a_script_does_is_done_with_capabilities(reaper: Command) -
     reaper.end(pid, signal.SIGTERM)
     lines = reaper.log_file.read_text().splitlines()
     for when in ("main chunk", "release", "remainder", "reload"):
-        told = [line for line in lines if line.startswith(when)]
-        sets = ("CapEff", *(f"child: {name}" for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")))
-        separators = ("\t", *4 * (", ",))
-        assert told == [
-            f"{when}{separator}{name}:\t{0:016x}"
-            for separator, name in zip(separators, sets, strict=True)
-        ]
+        assert [line for line in lines if line.startswith(when)] == effective_nowhere(when)
+
+
+@pytest.mark.parametrize("options", [["--check"], ["--try", "release.json"]], ids=["check", "try"])
+def test_a_script_that_is_tried_has_no_capabilities_either(
+    reaper: Command, options: list[str]
+) -> None:
+    (reaper.directory / "script.lua").write_text(CAPABILITIES.replace('"fifo"', '"/dev/null"'))
+    (reaper.directory / "release.json").write_text("{}")
+    reaper.wrapper += ["setpriv", f"--reuid={NOBODY.pw_uid}", "--clear-groups"]
+    reaper.wrapper += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+    result = reaper.run(*options, "--lua", "script.lua")
+    assert result.returncode == 0, result.stderr
+    told = [line for line in result.stdout.splitlines() if "Cap" in line]
+    for when in ("main chunk", "release") if "--try" in options else ("main chunk",):
+        assert [line for line in told if line.startswith(when)] == effective_nowhere(when)
+
+
+def effective_nowhere(when: str) -> list[str]:
+    """Return what a script tells in which no capability is effective, nor passed on."""
+    children = (f"{when}, child: {name}:" for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"))
+    return [f"{name}\t{0:016x}" for name in (f"{when}\tCapEff:", *children)]

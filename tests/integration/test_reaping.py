@@ -263,6 +263,21 @@ def test_what_a_killed_reaper_left_frozen_is_thawed_and_nothing_else(
     reaper.stop()
 
 
+def test_what_the_note_of_a_scope_says_thaws_nothing_but_its_cgroups(
+    host: Host, scope: Cgroup
+) -> None:
+    left = scope.make("left")
+    frozen = [host.base, scope, left]  # the scope's owner may write the note, but not above it
+    for cgroup in frozen:
+        (cgroup.directory / "cgroup.freeze").write_text("1")
+    os.setxattr(scope.directory, "user.cm4all-spawn-reaper.deleting", b"..//./left/..")
+    reaper = host.reaper(scope)
+    wait_for("the note is gone", lambda: os.listxattr(scope.directory) == [])
+    states = [(cgroup.directory / "cgroup.freeze").read_text() for cgroup in frozen]
+    assert states == ["1\n", "1\n", "0\n"]
+    reaper.stop()
+
+
 def test_a_process_that_enters_a_cgroup_on_its_deletion_runs_on(host: Host, scope: Cgroup) -> None:
     reaper = host.reaper(scope, settings="grace = 0")
     spawned = spawn(scope, 3000, "--names", "1", "--exec", "--workers", "2")

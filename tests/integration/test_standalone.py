@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools.harness import DEADLINE, Host, spawn, wait_for
+from tests.tools.native import ROOT
 from tests.tools.standing import ACCESSORY, REAPER, Command, status
 from tests.tools.wire import IPC, NAME, STATUS, Client
 
@@ -42,15 +43,15 @@ def accessory_command(host: Host) -> Command:
 
 @contextmanager
 def starting(command: Command, *options: str | Path, **how: object) -> Iterator[Starting]:
-    """Start a daemon in the background whose start does not come to an end by itself."""
+    """Start a daemon whose start does not come to an end by itself."""
     os.mkfifo(fifo := command.directory / "fifo")
-    options = ("--detach", "--pid-file", command.pid_file, *options, "--config", fifo)
+    options = (*options, "--pid-file", command.pid_file, "--config", fifo)
     with command.start(*options, **how) as process:
         yield Starting(command, process, fifo)
 
 
 class Starting:
-    """A daemon in the background that waits for its settings, and the command that waits for it."""
+    """A daemon that waits for its settings, and the command that it is or that waits for it."""
 
     def __init__(self, command: Command, process: subprocess.Popen[str], fifo: Path) -> None:
         self.process = process
@@ -85,7 +86,7 @@ def test_the_command_returns_when_the_daemon_is_ready(command: Command) -> None:
 
 
 def test_the_command_waits_until_then(command: Command) -> None:
-    with starting(command) as start:
+    with starting(command, "--detach") as start:
         assert start.process.poll() is None
         start.go_on()
         assert start.result() == 0
@@ -137,6 +138,25 @@ def test_relative_paths_are_those_of_the_caller(command: Command) -> None:
     assert command.problems(Path(log).read_text()) == []
 
 
+def test_the_service_manager_of_the_caller_is_left_alone(command: Command) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("")  # the kernel chooses an abstract name
+        manager.setblocking(False)
+        address = "@" + os.fsdecode(manager.getsockname()[1:])
+        environment = os.environ | {
+            "NOTIFY_SOCKET": address,
+            "WATCHDOG_USEC": "20000",
+            "PYTHONPATH": str(ROOT),
+            "RELEASES": str(command.releases),
+        }
+        pid = command.detach(env=environment)
+        command.check_that_it_works()
+        os.kill(pid, signal.SIGHUP)
+        command.end(pid, signal.SIGTERM)
+        with pytest.raises(BlockingIOError):
+            manager.recv(4096)
+
+
 def parent_of(pid: int) -> int:
     """Return the parent of a process."""
     return int(status(pid)["PPid"])
@@ -177,7 +197,7 @@ def two_of_them(command: Command, exits: ExitStack) -> str:
         what = command.arguments[command.arguments.index("--scope") + 1]
         wait_for("it is ready", lambda: watches(first.pid))
         return f"{what} is already managed by process {first.pid}"
-    wait_for("it listens", lambda: command.address in Path("/proc/net/unix").read_text())
+    wait_for("it listens and has its keeper", lambda: len(command.processes()) == 2)
     return f"{command.address} is already in use by process {first.pid}"
 
 
@@ -255,8 +275,48 @@ def waits_in(function: str, pid: int) -> bool:
     return False
 
 
+def test_a_terminal_that_is_gone_is_no_second_problem(command: Command) -> None:
+    command.settings.write_text("colour = 1")
+    reader, terminal = os.pipe()
+    os.close(reader)
+    with open(terminal, "wb") as gone:
+        result = command.run("--detach", "--log-file", command.log_file, stderr=gone)
+    assert result.returncode == 1
+    (line,) = command.log_file.read_text().splitlines()
+    assert line.startswith(f"{command.program}: {command.settings}:1: colour: unknown setting; ")
+
+
+MISTAKE = """
+from spawn_common import command
+
+def freeze_memory():
+    raise ZeroDivisionError("a mistake of ours")
+
+command.freeze_memory = freeze_memory
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--detach"]], ids=["foreground", "background"])
+def test_a_mistake_of_ours_is_told_in_one_line_and_its_traceback_is_in_the_log(
+    command: Command, options: list[str]
+) -> None:
+    (command.directory / "sitecustomize.py").write_text(MISTAKE)
+    path = f"{command.directory}:{ROOT}"
+    environment = os.environ | {"PYTHONPATH": path, "RELEASES": str(command.releases)}
+    environment.pop("NOTIFY_SOCKET", None)
+    options = [*options, "--log-file", str(command.log_file)]
+    result = command.run(*options, env=environment)
+    problem = "ZeroDivisionError: a mistake of ours"
+    assert result.returncode == 1
+    assert result.stderr == f"{command.program}: {problem}\n"
+    log = command.log_file.read_text().splitlines()
+    assert "Traceback (most recent call last):" in log
+    assert log.count(problem) == 1
+    wait_for("nothing of it runs", command.is_gone)
+
+
 def test_a_start_that_is_killed_fails_and_the_next_one_does_not(command: Command) -> None:
-    with starting(command) as start:
+    with starting(command, "--detach") as start:
         os.kill(start.pid, signal.SIGKILL)
         assert start.result() == 1
     wait_for("nothing of it runs", command.is_gone)
@@ -269,7 +329,7 @@ def test_ctrl_c_on_the_command_ends_the_start(command: Command) -> None:
     terminal, its = os.openpty()
     command.wrapper = ["setsid", "--ctty"]
     with open(terminal, "rb+", buffering=0) as keyboard:
-        with starting(command, stdin=its, stdout=its, stderr=its) as start:
+        with starting(command, "--detach", stdin=its, stdout=its, stderr=its) as start:
             os.close(its)
             keyboard.write(b"\3")
             assert start.result() == 1
@@ -420,6 +480,47 @@ def test_the_log_file_is_appended_to_and_is_not_for_all_to_read(accessory: Comma
     assert accessory.log_file.stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.parametrize("options", [[], ["--detach"]], ids=["foreground", "background"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("link", "Too many levels of symbolic links"),
+        ("link-to-nothing", "Too many levels of symbolic links"),
+        ("fifo", "No such device or address"),
+        ("fifo-with-a-reader", "not a regular file"),
+        ("folder", "Is a directory"),
+        ("/dev/full", "not a regular file"),
+    ],
+)
+def test_what_is_no_log_file_is_one_line_and_stays(
+    command: Command, options: list[str], name: str, reason: str
+) -> None:
+    folder = command.directory
+    target, nothing = folder / "target", folder / "nothing"
+    target.write_text("precious")
+    (folder / "link").symlink_to(target)
+    (folder / "link-to-nothing").symlink_to(nothing)
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "fifo")
+    os.mkfifo(folder / "fifo-with-a-reader")
+    # Who opens a pipe may wait for ever.
+    command.wrapper = ["timeout", "--signal=KILL", str(DEADLINE)]
+    reader = os.open(folder / "fifo-with-a-reader", os.O_RDONLY | os.O_NONBLOCK)
+    with open(reader, "rb"):
+        result = command.run(*options, "--log-file", folder / name)
+    assert result.returncode == 1
+    assert result.stderr == f"{command.program}: {folder / name}: {reason}\n"
+    assert target.read_text() == "precious"
+    assert not nothing.exists()
+
+
+def test_the_log_file_may_be_dev_null(command: Command) -> None:
+    pid = command.detach("--log-file", "/dev/null")
+    os.kill(pid, signal.SIGUSR1)
+    command.check_that_it_works()
+    assert standard_descriptors(pid) == 3 * ["/dev/null"]
+
+
 def test_no_line_is_lost_or_torn_when_the_log_is_rotated_under_load(reaper: Command) -> None:
     talkative(reaper)
     pid = reaper.detach("--log-file", reaper.log_file)
@@ -475,6 +576,17 @@ def test_a_log_file_that_cannot_be_opened_again_is_kept_and_the_reason_told(
     wait_for("it is open again", log.exists)
 
 
+def test_a_pipe_in_the_place_of_the_log_file_is_not_written_to(command: Command) -> None:
+    pid = command.detach("--log-file", command.log_file)
+    old = command.log_file.rename(command.directory / "daemon.log.1")
+    os.mkfifo(command.log_file)
+    os.kill(pid, signal.SIGUSR1)
+    problem = f"cannot open the log file again: {command.log_file}: No such device or address"
+    wait_for("it says so", lambda: problem in old.read_text().splitlines())
+    command.check_that_it_works()
+    assert standard_descriptors(pid) == ["/dev/null", str(old), str(old)]
+
+
 def test_sigusr1_without_a_log_file_does_nothing(command: Command) -> None:
     pid = command.detach()
     os.kill(pid, signal.SIGUSR1)
@@ -487,7 +599,7 @@ def test_sigusr1_without_a_log_file_does_nothing(command: Command) -> None:
 def test_a_signal_as_soon_as_the_pid_file_is_there_does_not_end_the_start(
     command: Command, number: signal.Signals
 ) -> None:
-    with starting(command) as start:
+    with starting(command, "--detach") as start:
         os.kill(start.pid, number)
         start.go_on()
         assert start.result() == 0
@@ -497,6 +609,24 @@ def test_a_signal_as_soon_as_the_pid_file_is_there_does_not_end_the_start(
 # The end
 
 ENDING = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT]
+
+
+@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("options", [[], ["--detach"]], ids=["foreground", "background"])
+def test_a_signal_to_end_as_soon_as_the_pid_file_is_there_is_a_good_end(
+    command: Command, options: list[str], number: signal.Signals
+) -> None:
+    with starting(command, *options) as start:
+        os.kill(start.pid, number)
+        start.go_on()
+        result = start.result()
+        if not options:  # else it may or may not have been ready
+            assert result == 0
+        assert start.process.stderr is not None
+        assert command.problems(start.process.stderr.read()) == []
+    wait_for("nothing of it runs", command.is_gone)
+    assert not command.pid_file.exists()
+
 
 WAITING = """
 local settings = { type = "stream" }

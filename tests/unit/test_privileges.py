@@ -18,6 +18,8 @@ from spawn_common.privileges import Account, Reserve, find_account, pass_on
 
 NOBODY = pwd.getpwnam("nobody")
 GROUP = grp.getgrgid(2)
+UNKNOWN = 54321
+HIS = {"HOME": NOBODY.pw_dir, "USER": NOBODY.pw_name, "LOGNAME": NOBODY.pw_name}
 
 DAC, KILL, ADMIN = (1 << number for number in (CAP_DAC_OVERRIDE, CAP_KILL, CAP_SYS_ADMIN))
 
@@ -28,25 +30,42 @@ DAC, KILL, ADMIN = (1 << number for number in (CAP_DAC_OVERRIDE, CAP_KILL, CAP_S
 @pytest.mark.parametrize("user", [NOBODY.pw_name, str(NOBODY.pw_uid)])
 def test_a_user_brings_his_groups_along(user: str) -> None:
     groups = os.getgrouplist(NOBODY.pw_name, NOBODY.pw_gid)
-    assert find_account(user, None) == Account(NOBODY.pw_uid, NOBODY.pw_gid, groups)
+    assert find_account(user, None) == Account(NOBODY.pw_uid, NOBODY.pw_gid, groups, HIS)
 
 
 @pytest.mark.parametrize("group", [GROUP.gr_name, str(GROUP.gr_gid)])
 def test_a_group_is_in_the_place_of_the_user_s_own(group: str) -> None:
     groups = os.getgrouplist(NOBODY.pw_name, GROUP.gr_gid)
-    assert find_account("nobody", group) == Account(NOBODY.pw_uid, GROUP.gr_gid, groups)
+    assert find_account("nobody", group) == Account(NOBODY.pw_uid, GROUP.gr_gid, groups, HIS)
     assert NOBODY.pw_gid not in groups
 
 
 def test_a_group_alone_has_no_others_beside_it() -> None:
-    assert find_account(None, GROUP.gr_name) == Account(None, GROUP.gr_gid, [])
+    assert find_account(None, GROUP.gr_name) == Account(None, GROUP.gr_gid, [], {})
+
+
+def test_a_user_whose_number_is_not_known_needs_a_group_and_is_at_home_nowhere() -> None:
+    number = str(UNKNOWN)
+    environment = {"HOME": "/", "USER": number, "LOGNAME": number}
+    account = Account(UNKNOWN, GROUP.gr_gid, [GROUP.gr_gid], environment)
+    assert find_account(number, GROUP.gr_name) == account
+    with pytest.raises(LookupError, match=f"there is no user '{number}'"):
+        find_account(number, None)
+
+
+def test_the_number_of_a_group_need_not_be_known() -> None:
+    number = str(UNKNOWN)
+    assert find_account(None, number) == Account(None, UNKNOWN, [], {})
+    account = find_account(number, number)
+    assert account is not None
+    assert account[:3] == (UNKNOWN, UNKNOWN, [UNKNOWN])
 
 
 def test_without_user_and_group_there_is_nobody_to_become() -> None:
     assert find_account(None, None) is None
 
 
-@pytest.mark.parametrize("name", ["no-such-one", "", "-1", "4294967294", "9" * 30, "a:b", "\udcff"])
+@pytest.mark.parametrize("name", ["no-such-one", "", "-1", "4294967295", "9" * 30, "a:b", "\udcff"])
 def test_who_does_not_exist_is_named(name: str) -> None:
     with pytest.raises(LookupError) as user:
         find_account(name, None)

@@ -126,8 +126,8 @@ async def test_the_thousandth_refusal_is_like_the_first(
 
 
 @asynchronous
-async def test_a_holder_that_does_not_answer_keeps_nobody_from_starting(
-    kind: str, holder: subprocess.Popen[bytes]
+async def test_a_holder_that_does_not_answer_keeps_nobody_from_starting_and_is_told_of(
+    kind: str, holder: subprocess.Popen[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     holder.send_signal(signal.SIGSTOP)  # as if it were anybody's, who fills his own queue
     address = Claims(kind)._address("/held")
@@ -138,3 +138,5 @@ async def test_a_holder_that_does_not_answer_keeps_nobody_from_starting(
                 caller.setblocking(False)
                 caller.connect(address)
         Claims(kind).take("/held")
+    (line,) = caplog.messages
+    assert line.startswith("/held is claimed by process (unknown) ")

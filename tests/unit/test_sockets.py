@@ -159,6 +159,23 @@ def test_a_path_is_listened_at(tmp_path: Path) -> None:
             listen(str(path))
 
 
+@pytest.mark.parametrize("left_behind", [False, True])
+def test_anybody_may_connect_to_a_path_whatever_the_umask_which_stays(
+    tmp_path: Path, left_behind: bool
+) -> None:
+    path = tmp_path / "socket"
+    if left_behind:
+        listen(str(path)).close()
+    before = os.umask(0o077)
+    try:
+        with listen(str(path)):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o666
+        with pytest.raises(FileNotFoundError):
+            listen(str(tmp_path / "none" / "socket"))
+    finally:
+        assert os.umask(before) == 0o077
+
+
 def test_a_path_that_was_left_behind_is_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     for _ in range(3):
