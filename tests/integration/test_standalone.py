@@ -253,6 +253,15 @@ def test_a_start_that_fails_says_why_once_and_leaves_nothing(
     wait_for("all have ended", command.is_gone)
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(command: Command) -> None:
+    command.wrapper = ["prlimit", "--fsize=0:0"]  # says EFBIG where a full disk says ENOSPC
+    result = command.run("--detach", "--pid-file", command.pid_file)
+    assert result.returncode == 1
+    assert command.problems(result.stderr) == [f"{command.pid_file}: File too large"]
+    assert not command.pid_file.exists()
+    wait_for("all have ended", command.is_gone)
+
+
 def test_who_started_it_is_told_why_it_failed_before_the_command_returns(command: Command) -> None:
     command.settings.write_text("colour = 1")
     reader, writer = os.pipe()
