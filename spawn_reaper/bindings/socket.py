@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import threading
+import weakref
 from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any, Final
@@ -23,6 +24,10 @@ _TYPES: Final = {
 _BACKLOG_PAUSE: Final = 0.01  # seconds until a full backlog is tried again; nothing wakes us
 
 
+class _Place:
+    """A place in the line of those who wait to send, or are sending; it goes with its holder."""
+
+
 class Socket:
     """A connected socket."""
 
@@ -30,6 +35,8 @@ class Socket:
         self._socket = plain
         self._sockets = sockets
         self._turn = asyncio.Lock()  # so that what two handlers send does not get mixed
+        # The lock is free for a moment between two of those: nobody else may send then.
+        self._line: weakref.WeakSet[_Place] = weakref.WeakSet()
         self._closed = False
         self._torn = False  # the peer has got one half of something
 
@@ -45,8 +52,8 @@ class Socket:
         """Send it at once if that can be done; if not, return what has to be waited for."""
         if self._closed:
             raise Failure("socket is closed")
-        if self._turn.locked() or self._torn:
-            return self._send_rest(data, 0)
+        if self._line or self._torn:
+            return self._send_rest(data, 0, self._line_up())
         try:
             sent = self._socket.send(data, socket.MSG_NOSIGNAL)
         except BlockingIOError:
@@ -56,9 +63,14 @@ class Socket:
         if sent == len(data):
             return sent
         self._torn = sent > 0  # until the rest has been sent, before anything else
-        return self._send_rest(data, sent)
+        return self._send_rest(data, sent, self._line_up())
 
-    async def _send_rest(self, data: memoryview, sent: int) -> int:
+    def _line_up(self) -> _Place:
+        place = _Place()
+        self._line.add(place)
+        return place
+
+    async def _send_rest(self, data: memoryview, sent: int, place: _Place) -> int:
         if self._turn.locked() and threading.current_thread() is not threading.main_thread():
             raise Failure("another handler is sending")
         try:
@@ -72,6 +84,7 @@ class Socket:
         except OSError as error:
             raise Failure(_reason(error)) from error
         finally:
+            self._line.discard(place)
             if self._closed and not self._turn.locked():
                 self._release()
         return len(data)

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Final
+from types import SimpleNamespace
+from typing import Any, Final, cast
 
 import pytest
 
+from spawn_reaper.bindings.socket import Socket, Sockets
 from spawn_reaper.settings import Handlers
 from tests.integration.test_script import complaints, has_printed, run_jobs
 from tests.tools import control, servers
@@ -851,3 +853,42 @@ def test_descriptors_do_not_add_up(host: Host, scope: Cgroup) -> None:
         wait_for("all are closed", lambda: reaper.descriptors() <= before + 4)
         reaper.stop()
         assert reaper.output() == ["done"] * 3
+
+
+def test_nobody_overtakes_who_waits_to_send() -> None:
+    """Between two senders the lock is free for a moment, and a third one may come just then."""
+    size = MEGABYTES // 2
+    messages = [letter * size for letter in (b"a", b"b", b"c")]
+
+    async def test() -> None:
+        ours, peer = socket.socketpair()
+        with ours, peer:
+            ours.setblocking(False)
+            sender = Socket(ours, cast("Sockets", SimpleNamespace(open=set())))
+            tasks: list[asyncio.Future[int]] = []
+
+            def send(message: bytes) -> None:
+                tasks.append(asyncio.ensure_future(cast("Any", sender.send(message))))
+
+            release = sender._turn.release
+
+            def release_and_send() -> None:
+                release()
+                sender._turn.release = release  # type: ignore[method-assign]
+                send(messages[2])
+
+            sender._turn.release = release_and_send  # type: ignore[method-assign]
+            send(messages[0])
+            send(messages[1])
+            received = await asyncio.to_thread(receive_exactly, peer, 3 * size)
+            assert received == b"".join(messages)
+            assert await asyncio.gather(*tasks) == [size] * 3
+
+    asyncio.run(test())
+
+
+def receive_exactly(peer: socket.socket, size: int) -> bytes:
+    """Return the next SIZE bytes of a stream."""
+    peer.settimeout(servers.SECONDS)
+    with peer.makefile("rb") as stream:
+        return stream.read(size)
