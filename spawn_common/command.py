@@ -64,8 +64,8 @@ def _open_streams() -> None:
 
 def complain(program: str, problems: Iterable[str], to: TextIO) -> None:
     """Write a line for each problem."""
-    for problem in problems:
-        print(f"{program}: {problem}", file=to)
+    for line in problems:
+        print(f"{program}: {line}", file=to)
 
 
 class Version(argparse.Action):

@@ -5,25 +5,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from netns import NAMES, Instance, forgive, host, inode
+from netns import NAMES, SUITE_UNIT, Instance, forgive, host, inode
 from support import keep, run
 
 BLUE = Instance("blue")
 NOTHING = host()
 TEMPLATE = Path("/etc/systemd/system/cm4all-spawn-netns@.service")
-
-# What the unit of the C++ suite does.
-SUITE = """
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=ip netns add %i
-ExecStart=ip link add name %i type veth peer name %i_peer
-ExecStart=ip link set %i_peer netns %i
-ExecStart=ip netns exec %i ip link set %i_peer name net0 up
-ExecStop=-ip link delete %i
-ExecStop=-ip netns delete %i
-"""
 
 
 def identity(link: str) -> str:
@@ -122,7 +109,7 @@ def what_has_taken_our_place_is_left_alone() -> None:
 
 def what_the_suite_has_made_can_be_adopted() -> None:
     """So that after an upgrade from its packages the running instances can be stopped."""
-    TEMPLATE.write_text(SUITE)
+    TEMPLATE.write_text(SUITE_UNIT)
     run("systemctl", "daemon-reload")
     BLUE.start()
     TEMPLATE.unlink()

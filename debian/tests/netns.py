@@ -12,6 +12,19 @@ from support import Unit, attempt, run
 SCRIPTS: Final = Path("/etc/cm4all/spawn/netns/setup.d")
 NAMES: Final = Path("/run/netns")
 
+# What the C++ suite has in the place of our unit.
+SUITE_UNIT: Final = """
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=ip netns add %i
+ExecStart=ip link add name %i type veth peer name %i_peer
+ExecStart=ip link set %i_peer netns %i
+ExecStart=ip netns exec %i ip link set %i_peer name net0 up
+ExecStop=-ip link delete %i
+ExecStop=-ip netns delete %i
+"""
+
 
 class Instance(Unit):
     """An instance of the template."""

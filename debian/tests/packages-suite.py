@@ -14,7 +14,7 @@ from typing import Final
 
 import accessory
 import reaper
-from netns import NAMES, Instance, host, inode
+from netns import NAMES, SUITE_UNIT, Instance, host, inode
 from packages import ACCESSORY, ALL, DOC, MODULES, NETNS, REAPER, SLICE, apt, installed
 from reaper import Scope
 from support import Unit, keep, packed, run, version_of, wait_for
@@ -44,17 +44,6 @@ Restart=on-failure
 Slice=system-cm4all.slice
 TimerSlackNSec=100ms
 LimitNOFILE=65536
-"""
-NETNS_UNIT: Final = """
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=ip netns add %i
-ExecStart=ip link add name %i type veth peer name %i_peer
-ExecStart=ip link set %i_peer netns %i
-ExecStart=ip netns exec %i ip link set %i_peer name net0 up
-ExecStop=-ip link delete %i
-ExecStop=-ip netns delete %i
 """
 PROXY_UNIT: Final = f"""
 [Unit]
@@ -171,7 +160,7 @@ def packages_of_the_suite(units: str) -> list[Path]:
                 user="systemd-sysusers cm4all-spawn-reaper.conf", units=reaper.SERVICE.name
             ),
         ),
-        package(NETNS, {f"{units}/cm4all-spawn-netns@.service": NETNS_UNIT}),
+        package(NETNS, {f"{units}/cm4all-spawn-netns@.service": SUITE_UNIT}),
         package(DOC, {"usr/share/doc/cm4all-spawn-doc/html/index.html": ""}),
         package(
             "beng-proxy",

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -145,12 +146,11 @@ async def test_a_record_that_was_refused_is_not_told_later() -> None:
             start()
             os.kill(here.pid(), signal.SIGSTOP)
 
-        here.keeper._start = start_slow_one  # type: ignore[method-assign]
-        here.end()
-        with pytest.raises(OSError, match="the keeper does not answer"):
-            here.hold(b"refused")
-        os.kill(here.pid(), signal.SIGCONT)
-        here.keeper._start = start  # type: ignore[method-assign]
+        with patch.object(here.keeper, "_start", start_slow_one):
+            here.end()
+            with pytest.raises(OSError, match="the keeper does not answer"):
+                here.hold(b"refused")
+            os.kill(here.pid(), signal.SIGCONT)
         await until("it is told the rest", lambda: not here.keeper._untold)
         assert here.held() == {one.slot: described(one) for one in here.keeper.records}
         assert len(here.held()) == 600

@@ -198,11 +198,20 @@ def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
     assert target.read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", ["/dev/null", "none/daemon.pid", "."])
-def test_what_cannot_be_a_pid_file_is_an_error_and_stays(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("/dev/null", "Invalid argument"),
+        ("none/daemon.pid", "No such file or directory"),
+        (".", "Is a directory"),
+    ],
+)
+def test_what_cannot_be_a_pid_file_is_an_error_and_stays(
+    tmp_path: Path, name: str, reason: str
+) -> None:
     before = os.stat("/dev/null").st_ino
     descriptors = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(OSError):  # noqa: PT011
+    with pytest.raises(OSError, match=reason):
         PidFile(tmp_path / name)
     assert os.stat("/dev/null").st_ino == before
     assert len(os.listdir("/proc/self/fd")) == descriptors
