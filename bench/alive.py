@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from bench import proc
-from bench.daemon import Reaper, settle, start_reaper, stop, wait_for_log_line
+from bench.daemon import Reaper, settle, start_reaper, stop, used, wait_for_log_line
 from bench.figures import Figure
 from bench.generator import generate, result
 from bench.interrupts import held
@@ -45,13 +45,13 @@ def measure(site: Site, plan: Plan) -> list[Figure]:
         before = _holdings(reaper)
         progress(f"{NAME}: making {count} cgroups")
         result(generate(stack, site, scope, count, "--empty"))
-        used = settle(reaper)
+        settled = settle(reaper)
         after = _holdings(reaper)
         if population(scope) != count:
             raise Unusable(f"{population(scope)} of {count} cgroups are alive")
         progress(f"{NAME}: idle with {count} cgroups for {plan.idle:g} s")
         time.sleep(plan.idle)
-        idle = proc.cpu(reaper.pid).since(used).seconds / plan.idle
+        idle = used(reaper).since(settled).seconds / plan.idle
         stop(reaper)
         progress(f"{NAME}: removing {count} cgroups")
     return _figures(count, before, after, idle)

@@ -54,6 +54,11 @@ class Reaper:
         """Its process id."""
         return self.process.pid
 
+    @property
+    def pids(self) -> list[int]:
+        """Its processes: itself, and the one that runs the script."""
+        return [self.pid, *proc.children(self.pid)]
+
     def check(self) -> None:
         """Raise Unusable if it ended or ran into a bug of its own."""
         if self.process.poll() is not None:
@@ -149,16 +154,26 @@ class NotifySocket:
         raise Unusable("the reaper never sent READY=1")
 
 
+def used(reaper: Reaper) -> proc.Cpu:
+    """Return the CPU time that its processes have used."""
+    return proc.total(map(proc.cpu, reaper.pids))
+
+
+def memory(reaper: Reaper) -> proc.Memory:
+    """Return how much memory its processes have."""
+    return proc.total_memory(map(proc.memory, reaper.pids))
+
+
 def settle(reaper: Reaper, patience: float = _PATIENCE) -> proc.Cpu:
     """Wait until the reaper has nothing to do any more; return the CPU time it has used."""
-    before = proc.cpu(reaper.pid)
+    before = used(reaper)
     quiet_since = time.monotonic()
     end_time = quiet_since + patience
     while time.monotonic() < end_time:
         time.sleep(_GLANCE)
         reaper.check()
-        now = proc.cpu(reaper.pid)
-        if now.total != before.total or not proc.sleeping(reaper.pid):
+        now = used(reaper)
+        if now.total != before.total or not all(map(proc.sleeping, reaper.pids)):
             before, quiet_since = now, time.monotonic()
         elif time.monotonic() - quiet_since >= _QUIET:
             return now

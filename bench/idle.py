@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Final
 
 from bench import proc
-from bench.daemon import NotifySocket, settle, start_reaper, stop, wait_for_log_line
+from bench.daemon import (
+    NotifySocket,
+    memory,
+    settle,
+    start_reaper,
+    stop,
+    used,
+    wait_for_log_line,
+)
 from bench.figures import Figure
 from bench.plan import Plan
 from bench.progress import progress
@@ -59,7 +67,7 @@ def _start_plain(site: Site, scope: Path) -> Start:
         reaper = start_reaper(stack, site, scope, BENCH / "hook.lua")
         ready = wait_for_log_line(reaper)
         settle(reaper)
-        start = Start(ready, proc.memory(reaper.pid))
+        start = Start(ready, memory(reaper))
         stop(reaper)
         return start
 
@@ -72,7 +80,7 @@ def _start_notified(site: Site, scope: Path) -> Start:
         )
         ready = manager.wait_ready(reaper)
         settle(reaper)
-        start = Start(ready, proc.memory(reaper.pid))
+        start = Start(ready, memory(reaper))
         stop(reaper)
         return start
 
@@ -84,9 +92,9 @@ def _observe(site: Site, scope: Path, seconds: float) -> float:
         wait_for_log_line(reaper)
         before = settle(reaper)
         time.sleep(seconds)
-        used = proc.cpu(reaper.pid).since(before)
+        seconds_used = used(reaper).since(before).seconds
         stop(reaper)
-        return used.seconds
+        return seconds_used
 
 
 def _figures(circumstance: str, starts: list[Start]) -> Iterator[Figure]:

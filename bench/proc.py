@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -59,6 +60,26 @@ def cpu(pid: int) -> Cpu:
     run_time = _read(pid, "schedstat").split()[0]
     user, system = _stat(pid)[11:13]
     return Cpu(int(run_time), int(user), int(system))
+
+
+def total(parts: Iterable[Cpu]) -> Cpu:
+    """Return the sum of CPU times."""
+    sums = map(sum, zip(*((part.total, part.user, part.system) for part in parts), strict=True))
+    return Cpu(*sums)
+
+
+def total_memory(parts: Iterable[Memory]) -> Memory:
+    """Return the sum of memory; what is shared counts several times in ``resident``."""
+    sums = map(
+        sum,
+        zip(*((part.resident, part.proportional, part.private) for part in parts), strict=True),
+    )
+    return Memory(*sums)
+
+
+def children(pid: int) -> list[int]:
+    """Return the process ids of the children of a process with a single thread."""
+    return [int(child) for child in _read(pid, f"task/{pid}/children").split()]
 
 
 def sleeping(pid: int) -> bool:

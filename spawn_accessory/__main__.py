@@ -132,7 +132,7 @@ async def _serve(arguments: argparse.Namespace, standing: Standing) -> None:
             lines |= {"connections": server.connections} | registry.counts()
         return "".join(f"{key}={value}\n" for key, value in lines.items())
 
-    def reload(done: Callable[[], None]) -> None:
+    def reload(done: Callable[[str], None]) -> None:
         try:
             loaded = _settings(arguments)
         except Unusable as error:
@@ -142,7 +142,7 @@ async def _serve(arguments: argparse.Namespace, standing: Standing) -> None:
             if registry and server:
                 registry.use(loaded)
                 server.use(loaded)
-        done()
+        done("")
 
     with ExitStack() as exits:
         service = Service(standing, reload, lambda: registry.summary() if registry else "starting")

@@ -1,9 +1,9 @@
 """Linux system calls and kernel file formats that the standard library lacks.
 
 Owns: inotify, the birth time from statx, the lines of /proc/self/mountinfo, unshare, setns, clone,
-mount, capabilities, what a socket knows of its peer. Every function raises OSError with the
-kernel's errno; nothing here decides what an error means. Constants carry the name of the header
-they come from.
+mount, capabilities and other powers of a process, what a socket knows of its peer. Every function
+raises OSError with the kernel's errno; nothing here decides what an error means. Constants carry
+the name of the header they come from.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import re
+import signal
 import socket
 import struct
 from typing import Final, NamedTuple
@@ -47,11 +48,23 @@ _SO_PEERPIDFD: Final = 77
 _SO_PASSRIGHTS: Final = 83
 
 # <linux/prctl.h>
+_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_KEEPCAPS: Final = 8
+_PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_CAP_AMBIENT: Final = 47
 _PR_CAP_AMBIENT_RAISE: Final = 2
 _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+
+# <asm-generic/unistd.h>: the same number on all architectures
+_SYS_LANDLOCK_CREATE_RULESET: Final = 444
+_SYS_LANDLOCK_RESTRICT_SELF: Final = 446
+
+# <linux/landlock.h>
+_LANDLOCK_CREATE_RULESET_VERSION: Final = 1
+_LANDLOCK_SCOPE_SIGNAL: Final = 2
+_SCOPES_SINCE: Final = 6  # version of the ABI, Linux 6.12
+_LANDLOCK_RULESET: Final = struct.Struct("=3Q")  # handled_access_fs, handled_access_net, scoped
 
 # <linux/capability.h>
 CAP_DAC_OVERRIDE: Final = 1
@@ -273,6 +286,39 @@ def allow_tracing() -> None:
     our own /proc/self (PR_SET_DUMPABLE in prctl(2), ptrace(2)).
     """
     _prctl(_PR_SET_DUMPABLE, 1)
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the thread that started it ends (PR_SET_PDEATHSIG)."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def forbid_new_privileges() -> None:
+    """Let no program that we execute have more privileges than we do (PR_SET_NO_NEW_PRIVS)."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def confine_signals() -> bool:
+    """Let this process and its children send signals to nobody else (landlock(7), scoped).
+
+    It must have no new privileges. False before Linux 6.12, or where Landlock is not in use.
+    """
+    version = _libc.syscall(
+        _SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION
+    )
+    if version < _SCOPES_SINCE:
+        return False
+    attributes = _LANDLOCK_RULESET.pack(0, 0, _LANDLOCK_SCOPE_SIGNAL)
+    size = ctypes.c_size_t(len(attributes))
+    fd = _libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, attributes, size, 0)
+    if fd < 0:
+        raise _error("landlock_create_ruleset")
+    try:
+        if _libc.syscall(_SYS_LANDLOCK_RESTRICT_SELF, fd, 0) < 0:
+            raise _error("landlock_restrict_self")
+    finally:
+        os.close(fd)
+    return True
 
 
 # capget(2) and capset(2): effective, permitted, inheritable; first the lower 32 bits of each

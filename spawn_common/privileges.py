@@ -67,7 +67,7 @@ def _number(text: str) -> int | None:
 def become(account: Account) -> None:
     """Become that user, who holds all our capabilities, none of which is effective.
 
-    Say directly afterwards which are needed, by pass_on() or Reserve(). PermissionError if we may
+    Say directly afterwards which are needed, by pass_on() or keep(). PermissionError if we may
     not become that user.
     """
     linux.keep_capabilities()
@@ -92,30 +92,13 @@ def pass_on(*needed: int) -> None:
             linux.raise_ambient_capability(capability)
 
 
-class Reserve:
-    """Capabilities that are effective only within a ``with`` statement, and passed on to nobody.
-
-    In the main thread, that is: threads that are started outside of one never have them.
-    """
-
-    def __init__(self, *needed: int) -> None:
-        """Give up all capabilities but the CAP_* in NEEDED, and keep those in reserve."""
-        self._held = 0
-        if os.geteuid() == 0:
-            return
-        self._held = linux.capabilities().permitted & _bits(needed)
-        self._lowered = Capabilities(0, self._held, 0).pack()
-        self._raised = Capabilities(self._held, self._held, 0).pack()
-        linux.clear_ambient_capabilities()
-        linux.set_capabilities(self._lowered)
-
-    def __enter__(self) -> None:
-        if self._held:
-            linux.set_capabilities(self._raised)
-
-    def __exit__(self, *_: object) -> None:
-        if self._held:
-            linux.set_capabilities(self._lowered)
+def keep(*needed: int) -> None:
+    """Keep only the CAP_* in NEEDED, and let no program that we execute have them."""
+    if os.geteuid() == 0:
+        return
+    held = linux.capabilities().permitted & _bits(needed)
+    linux.clear_ambient_capabilities()
+    linux.set_capabilities(Capabilities(held, held, 0).pack())
 
 
 def _bits(capabilities: tuple[int, ...]) -> int:

@@ -62,18 +62,27 @@ class _Signals:
         self._writer.close()
 
 
+Told = Callable[[str], None]
+"""Is told that a reload is complete, and what is wrong: nothing, if all is well."""
+
+
+def _tell_nobody(_: str) -> None:
+    """Whoever has sent a signal waits for no answer."""
+
+
 class Service:
     """Signals and notifications of one daemon; needs a running event loop."""
 
     def __init__(
         self,
         standing: Standing,
-        reload: Callable[[Callable[[], None]], None],
+        reload: Callable[[Told], None],
         status: Callable[[], str],
     ) -> None:
         """STATUS gives a line for the service manager.
 
-        RELOAD is called for SIGHUP, once ready; it calls its argument when the reload is complete.
+        RELOAD is called for SIGHUP, once ready; it calls its argument when the reload is complete,
+        with what is wrong, or nothing.
         """
         self._standing = standing
         self._reload = reload
@@ -98,7 +107,13 @@ class Service:
         if interval:
             self._feed_watchdog(interval / 2)
         if self._reload_wanted:
-            self._reload_now()
+            self.reload(_tell_nobody)
+
+    def reload(self, told: Told) -> None:
+        """Do as for SIGHUP, and call TOLD when it is complete."""
+        now = time.monotonic_ns() // 1000
+        self._notify(reloading=1, monotonic_usec=now, status="reloading")
+        self._reload(functools.partial(self._reloaded, told))
 
     def close(self) -> None:
         """Ignore signals from now on: the process is about to end."""
@@ -116,17 +131,13 @@ class Service:
             elif number != signal.SIGHUP:
                 self._stop.set()
             elif self._ready:
-                self._reload_now()
+                self.reload(_tell_nobody)
             else:
                 self._reload_wanted = True
 
-    def _reload_now(self) -> None:
-        now = time.monotonic_ns() // 1000
-        self._notify(reloading=1, monotonic_usec=now, status="reloading")
-        self._reload(self._reloaded)
-
-    def _reloaded(self) -> None:
+    def _reloaded(self, told: Told, problem: str) -> None:
         self._notify(ready=1, status=self._status())
+        told(problem)
 
     def _feed_watchdog(self, interval: float) -> None:
         self._notify(watchdog=1, status=self._status())

@@ -13,7 +13,7 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -30,7 +30,7 @@ _NOWHERE: Final = Path(os.devnull)
 # No link, which could lead elsewhere with root's powers; and no pipe that nobody reads.
 _APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
 # Between a service manager and whoever starts a daemon that goes into the background.
-_OF_OTHERS: Final = (
+OF_OTHERS: Final = (
     *("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"),
     *("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"),
 )
@@ -75,6 +75,8 @@ class Standing:
         self._log = log
         self._waiting: int | None = None  # a pipe to who waits in the foreground
         self._terminal: int | None = None  # standard error as it was
+        self.reopened: Callable[[], None] = lambda: None
+        """To be called when output goes elsewhere: who has inherited ours should know."""
 
     def started(self) -> None:
         """Let go of the terminal, and of who waits there; Unusable if nobody waits any more."""
@@ -85,6 +87,7 @@ class Standing:
                 raise Unusable("whoever started it did not wait until it was ready") from None
             if self._log is None:
                 _redirect(_NOWHERE, os.O_WRONLY)
+                self.reopened()
         for fd in (self._waiting, self._terminal):
             if fd is not None:
                 os.close(fd)
@@ -94,6 +97,7 @@ class Standing:
         """Open the log file again: the one that was open may have got another name."""
         if self._log is not None:
             self._log.reopen()
+            self.reopened()
 
     def keep_terminal(self) -> None:
         """Be able to tell() there in spite of a log file."""
@@ -122,7 +126,7 @@ class Standing:
                 if os.read(reader, 1):
                     os._exit(0)
             os._exit(1)
-        for name in _OF_OTHERS:
+        for name in OF_OTHERS:
             os.environ.pop(name, None)
         if self._terminal is not None:
             keep = [*keep, self._terminal]

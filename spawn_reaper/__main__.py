@@ -7,10 +7,9 @@ import asyncio
 import logging
 import os
 import pwd
-import resource
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -26,15 +25,18 @@ from spawn_common.command import (
     problem,
     reporting,
 )
-from spawn_common.privileges import Reserve
+from spawn_common.privileges import keep
 from spawn_common.service import Service
 from spawn_common.standalone import Standing, add_options, refuse_options, standing_alone
+from spawn_reaper import wire
 from spawn_reaper.accounts import Accounts
-from spawn_reaper.bindings.calling import Trace
-from spawn_reaper.reaper import Reaper
+from spawn_reaper.delivery import Delivery
+from spawn_reaper.reaper import Hooks, Reaper
+from spawn_reaper.reloading import ReloadSocket
+from spawn_reaper.reloading import ask as ask_to_reload
 from spawn_reaper.scopes import ScopeFinder, check_pattern
-from spawn_reaper.script import Script, ScriptError, new_runtime
 from spawn_reaper.settings import Settings, check
+from spawn_reaper.supervisor import CannotRun, Supervisor
 from spawn_reaper.usage import local_counters
 
 _log = logging.getLogger("spawn_reaper")
@@ -43,21 +45,19 @@ PROGRAM: Final = "cm4all-spawn-reaper"
 DEFAULT_CONFIG: Final = Path("/etc/cm4all/spawn/reaper.toml")
 DEFAULT_SCRIPT: Final = Path("/etc/cm4all/spawn/reaper.lua")
 _USER: Final = "cm4all-spawn-reaper"  # whom the service manager runs us as
-_STACK: Final = 100 << 20  # bytes
 NOWHERE: Final = b"/dev/null"  # a cgroup root below which there is nothing
 
 
 def main() -> None:
     """Run the command; the exit status is 0, or 1 for a problem, or 2 for wrong usage."""
     arguments = _parse_arguments()
-    _allow_deep_recursion()
     with reporting(PROGRAM):
         if arguments.check:
-            _reserve()
             asyncio.run(_check(arguments))
         elif arguments.release:
-            _reserve()
             asyncio.run(_try(arguments))
+        elif arguments.reload:
+            ask_to_reload()
         else:
             with standing_alone(PROGRAM, arguments) as standing:
                 asyncio.run(_serve(arguments, standing))
@@ -110,24 +110,17 @@ def _parse_arguments() -> argparse.Namespace:
         help="run the script once against the release in FILE (JSON, - for standard input), print "
         "what it does, and exit; no cgroup is touched, all else is done for real",
     )
+    parser.add_argument(
+        "--reload",
+        action="store_true",
+        help="let the running daemon reload, wait for it, and fail if that does; for the unit",
+    )
     add_options(parser)
     parser.add_argument("--version", action=Version, help="print the version and exit")
     arguments = parser.parse_args()
-    if arguments.check or arguments.release:
+    if arguments.check or arguments.release or arguments.reload:
         refuse_options(parser, arguments)
     return arguments
-
-
-def _allow_deep_recursion() -> None:
-    """Let a script's endless recursion end in an error of Lua, not in a crash.
-
-    Lua's limit for functions that C calls, such as those that string.gsub calls, is reached at
-    about 60 MB of stack. The kernel leaves room for 128 MB, and asks for the limit only when the
-    stack grows.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    with suppress(ValueError, OSError):  # the hard limit is lower
-        resource.setrlimit(resource.RLIMIT_STACK, (_STACK, hard))
 
 
 # Parts
@@ -169,19 +162,9 @@ def _script_path(arguments: argparse.Namespace) -> Path | None:
     return path
 
 
-async def _script(
-    path: Path, settings: Settings, root: bytes, trace: Trace | None = None
-) -> Script:
-    """Return the loaded script."""
-    try:
-        with ExitStack() as exits:
-            script = Script(settings.handlers, root, trace)
-            exits.callback(script.close)
-            await script.load(path)
-            exits.pop_all()
-    except ScriptError as error:
-        raise Unusable(str(error)) from None
-    return script
+def _setup(path: Path, settings: Settings, root: bytes) -> wire.Setup:
+    """Return what a runner has to know."""
+    return wire.Setup(os.fsencode(path), root, settings.handlers)
 
 
 def _claims(root: bytes, what: str) -> Claims:
@@ -198,6 +181,8 @@ def _claims(root: bytes, what: str) -> Claims:
 
 async def _check(arguments: argparse.Namespace) -> None:
     """Try everything that can be tried without touching a cgroup, and report all problems."""
+    from spawn_reaper.attempt import check_script
+
     problems: list[str] = []
     settings = Settings()
     try:
@@ -206,39 +191,23 @@ async def _check(arguments: argparse.Namespace) -> None:
         problems += error.problems
     path = _script_path(arguments)
     if path is not None:
-        problems += _unknown_names(path)
-        try:
-            (await _script(path, settings, NOWHERE)).close()
-        except Unusable as error:
-            problems += error.problems
+        setup = msgspec.structs.replace(_setup(path, settings, NOWHERE), lint=True)
+        problems += await check_script(setup)
     if problems:
         raise Unusable(*problems)
 
 
-def _unknown_names(path: Path) -> list[str]:
-    """Return what can be seen to be wrong in a script without running it."""
-    from spawn_reaper.bindings.api import api
-    from spawn_reaper.lint import Unavailable, lint
-
-    try:
-        return lint(new_runtime(), path.read_bytes(), str(path), api())
-    except (OSError, ScriptError):
-        return []  # whoever loads it says so
-    except Unavailable as error:
-        _log.warning("%s", error)
-        return []
-
-
 async def _try(arguments: argparse.Namespace) -> None:
     """Run the script against a release from a file."""
-    from spawn_reaper.trial import TrialError, read_file, read_release, tracer, try_script
+    from spawn_reaper.attempt import try_script
+    from spawn_reaper.trial import TrialError, read_file, read_trial
 
     def tell(line: str) -> None:
         print(line, flush=True)
 
     settings = _settings(arguments)
     try:
-        release = read_release(read_file(arguments.release))
+        trial = read_trial(read_file(arguments.release))
     except OSError as error:
         raise Unusable(f"{arguments.release}: {error.strerror}") from None
     except TrialError as error:
@@ -246,31 +215,39 @@ async def _try(arguments: argparse.Namespace) -> None:
     path = _script_path(arguments)
     if path is None:
         raise Unusable("there is no script to try")
-    with closing(await _script(path, settings, NOWHERE, tracer(tell))) as script:
-        if not script.handles_releases:
-            raise Unusable(f"{path}: does not define cgroup_released")
-        if not await try_script(script, release, settings.handlers.time, tell):
-            sys.exit(1)
+    setup = msgspec.structs.replace(_setup(path, settings, NOWHERE), trace=True)
+    if not await try_script(setup, trial, tell):
+        sys.exit(1)
 
 
 async def _serve(arguments: argparse.Namespace, standing: Standing) -> None:
     """Run the daemon until it is told to stop."""
-    reserve = _reserve()
+    with problem("cannot set our capabilities"):  # because of a filter of system calls, say
+        keep(linux.CAP_DAC_OVERRIDE)
     settings = _settings(arguments)
     root, mount_options = _cgroup_root(arguments)
-    script: Script | None = None
+    delivery = Delivery(settings.handlers.queue)
+    supervisor: Supervisor | None = None
     reaper: Reaper | None = None
 
-    def reload(done: Callable[[], None]) -> None:
-        script.reload(done) if script else done()
+    def reload(done: Callable[[str], None]) -> None:
+        if supervisor is not None:
+            supervisor.reload(done)
+        else:
+            done("")
 
     def status() -> str:
         if reaper is None:
             return "starting"
-        waiting = script.waiting_count if script else 0
-        return reaper.status() + (f", {waiting} handlers waiting" if waiting else "")
+        parts = [reaper.status()]
+        if len(delivery):
+            parts.append(f"{len(delivery)} handlers waiting")
+        if supervisor is not None:
+            parts += supervisor.status()
+        return ", ".join(parts)
 
     service = Service(standing, reload, status)
+    asked: ReloadSocket | None = None
     # Patterns are claimed because a scope may be absent now, scopes because patterns may overlap.
     patterns, scopes = _claims(root, "pattern"), _claims(root, "scope")
     try:
@@ -280,25 +257,32 @@ async def _serve(arguments: argparse.Namespace, standing: Standing) -> None:
         path = _script_path(arguments)
         if path is not None:
             service.starting(f"running {path}")
-            loading = asyncio.ensure_future(_script(path, settings, root))
-            await asyncio.wait([stopped, loading], return_when=asyncio.FIRST_COMPLETED)
-            if not loading.done():
+            afresh = settings.reload == "script"
+            supervisor = Supervisor(_setup(path, settings, root), delivery, afresh=afresh)
+            standing.reopened = supervisor.reopen_output
+            starting = asyncio.ensure_future(supervisor.start())
+            await asyncio.wait([stopped, starting], return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
                 return
-            script = await loading
-        reaper = _reaper(settings, root, mount_options, scopes, reserve, script)
+            await starting
+        hooks = delivery if supervisor else None
+        reaper = _reaper(settings, root, mount_options, scopes, hooks)
         reaper.start()
         freeze_memory()
+        asked = ReloadSocket(service.reload)
         service.ready()
         await stopped
         reaper.stop()
-        if script is not None and (left := await script.finish(settings.stop)):
+        if supervisor is not None and (left := await supervisor.finish(settings.stop)):
             _log.error("%d releases were not handled to the end", left)
-    except AlreadyRunning as error:
-        raise Unusable(str(error)) from None
+    except (AlreadyRunning, CannotRun) as error:
+        raise Unusable(*error.args) from None
     finally:
         service.close()
-        if script is not None:
-            script.close()
+        if asked is not None:
+            asked.close()
+        if supervisor is not None:
+            supervisor.close()
         patterns.close()
         scopes.close()
 
@@ -308,26 +292,18 @@ def _reaper(
     root: bytes,
     mount_options: frozenset[bytes],
     claims: Claims,
-    reserve: Reserve,
-    script: Script | None,
+    hooks: Hooks | None,
 ) -> Reaper:
     with problem("cannot watch cgroups"):  # fs.inotify.max_user_instances, say
         return Reaper(
             ScopeFinder(root, [os.fsencode(pattern) for pattern in settings.scopes]),
             Accounts(_local_counters(root, mount_options), pressure=settings.pressure),
             claims,
-            reserve,
             grace=settings.grace,
             unclaimed=settings.unclaimed,
             log_lines=settings.log,
-            hooks=script if script and script.handles_releases else None,
+            hooks=hooks,
         )
-
-
-def _reserve() -> Reserve:
-    """Return the power to delete the cgroups of others, which nothing else here shall have."""
-    with problem("cannot set our capabilities"):  # because of a filter of system calls, say
-        return Reserve(linux.CAP_DAC_OVERRIDE)
 
 
 def _local_counters(root: bytes, mount_options: frozenset[bytes]) -> frozenset[str]:

@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 # reaches into Lua's own functions.
 _ATTRIBUTE_SIZE: Final = 4096
 _ATTRIBUTE_LEVELS: Final = 8  # of a cgroup and its parents
+_INODES_MAX: Final = 64
 _NO_ATTRIBUTES: Final[Attributes] = MappingProxyType({})
 
 
@@ -149,6 +150,7 @@ class Accounts:
             found,
             own,
             tuple(attributes),
+            _inodes_of(cgroup),
             pressures,
             remainder,
         )
@@ -209,6 +211,18 @@ class Accounts:
         if problem not in self._complained and len(self._complained) < 100:
             self._complained.add(problem)
             _log.warning("%s: %s", printable(opened.path).decode(), problem)
+
+
+def _inodes_of(cgroup: Cgroup) -> tuple[int, ...]:
+    """Return the inodes of a cgroup and of those above it; of a deep one, only the innermost."""
+    inodes = [cgroup.inode]
+    parent = cgroup.parent
+    while parent is not None and parent.parent is not None:
+        if len(inodes) == _INODES_MAX:
+            return tuple(inodes)
+        inodes.append(parent.inode)
+        parent = parent.parent
+    return (*inodes, *cgroup.scope.inodes)
 
 
 def _read_pressures(directory: int) -> Pressures:

@@ -12,6 +12,7 @@ the scope, so that the next one can thaw it.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -51,15 +52,18 @@ def deletions(batch: Iterable[Opened]) -> Iterator[set[Scope]]:
 def delete(opened: Opened, noted: set[Scope]) -> bytes:
     """Delete a cgroup that was empty a moment ago, and return its last cpu.stat, empty if unknown.
 
-    OSError as from rmdir(2): EBUSY if somebody moved in. FileNotFoundError is none: somebody else
-    has deleted it, which is as good.
+    OSError as from rmdir(2): EBUSY if somebody moved in. If somebody else has deleted it,
+    that is as good; what has its name now is left alone.
     """
     scope = opened.cgroup.scope
     freeze = scope in noted and _directly_in_scope(opened) and not opened.frozen
     frozen = freeze and _write_freeze(opened, b"1")
-    last = b""
-    with suppress(OSError):  # somebody else has deleted it
+    try:
         last = opened.read_cpu_stat()
+    except OSError as error:
+        if error.errno in (errno.ENODEV, errno.ENOENT):
+            return b""
+        last = b""
     try:
         with located(scope, opened.path) as (fd, path):
             os.rmdir(path, dir_fd=fd)

@@ -14,14 +14,15 @@ import math
 import os
 import select
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Final, Protocol
 
 import msgspec
 
 from spawn_common.claims import AlreadyRunning, Claims
-from spawn_common.privileges import Reserve
 from spawn_reaper.accounts import Accounts, Opened
 from spawn_reaper.baselines import load_baselines, save_baselines
 from spawn_reaper.deletion import delete, deletions, recover
@@ -41,7 +42,7 @@ _POLL: Final = 2.0  # seconds between looks at what cannot be watched
 _CHUNK: Final = 64  # cgroups whose descriptors are open at the same time
 _FLUSH: Final = 8  # cgroups in a batch for which flushing the scope's statistics is worth it
 _BATCH: Final = 256  # cgroups after which events are read again
-_SMALL_BATCH: Final = 64  # the same while the hooks have work that must go on meanwhile
+_CHUNKS: Final = 2  # that hooks may look at while others are read
 _SCAN: Final = 3.0  # seconds from one scan of everything to the next
 _FULL: Final = 32768  # bytes of events that say that there are more
 _HOLD: Final = 0.1  # seconds until the hooks are asked again whether they have room
@@ -53,17 +54,11 @@ _EMPTY: Final = b"populated 0\nfrozen 0\n"
 class Hooks(Protocol):
     """What is told of each release."""
 
-    def busy(self) -> bool:
-        """Whether there is work that began with earlier releases."""
-
     def full(self) -> bool:
         """Whether to keep further releases back, by letting cgroups be."""
 
-    def released(self, release: Release, directory: int | None) -> None:
-        """Handle a release; DIRECTORY is the cgroup's open directory, None if it is deleted."""
-
-    def deleted(self, release: Release) -> None:
-        """Forget the directory of a release: it is about to be closed."""
+    def hand_over(self, releases: list[Release], begun: Callable[[], None]) -> None:
+        """Take releases; call BEGUN, now or later, when their directories need not be kept."""
 
 
 class Reaper:
@@ -74,18 +69,16 @@ class Reaper:
         finder: ScopeFinder,
         accounts: Accounts,
         claims: Claims,
-        reserve: Reserve,
         *,
         grace: float,
         unclaimed: float,
         log_lines: bool,
         hooks: Hooks | None,
     ) -> None:
-        """GRACE and UNCLAIMED are seconds; RESERVE is what changing others' cgroups takes."""
+        """GRACE and UNCLAIMED are seconds."""
         self._finder = finder
         self._accounts = accounts
         self._claims = claims
-        self._reserve = reserve
         self._grace = grace
         self._unclaimed_time = unclaimed
         self._log_lines = log_lines
@@ -99,6 +92,9 @@ class Reaper:
         self._holding = False  # releases, since the hooks are full
         self._started = False
         self._stopped = False
+        self._settling: dict[int, list[Opened]] = {}  # chunks that a hook may look at, by number
+        self._chunk_count = 0
+        self._full = False  # nothing more is read until one of those chunks is deleted
         self._timer: asyncio.TimerHandle | None = None
         self._timer_end = math.inf
         self._poll_timer: asyncio.TimerHandle | None = None
@@ -128,9 +124,10 @@ class Reaper:
         for timer in (self._timer, self._poll_timer, self._scan_timer):
             if timer is not None:
                 timer.cancel()
-        with self._reserve:
-            for scope in self._tree.scopes.values():
-                save_baselines(scope)
+        for number in list(self._settling):
+            self._finish_chunk(number)
+        for scope in self._tree.scopes.values():
+            save_baselines(scope)
         self._tree.close()
         self._finder.close()
 
@@ -187,9 +184,8 @@ class Reaper:
                 self._finder.incomplete = True
                 _log.error("scope %s: %s", printable(path).decode(), error.strerror)
             return
-        with self._reserve:
-            recover(scope)
-            load_baselines(scope)
+        recover(scope)
+        load_baselines(scope)
         self._refused.discard(name)
         _log.info("watching scope %s", printable(path).decode())
 
@@ -250,8 +246,16 @@ class Reaper:
 
     def touched(self, cgroup: Cgroup) -> None:
         """Look at the cgroup when it has been left alone for the grace time."""
+        cgroup.ripe = False
         grace = self._grace if cgroup.scope.populated else 0.0
         self._look_at(_next_tick(self._now + grace), cgroup)
+
+    def childless(self, cgroup: Cgroup) -> None:
+        """Look at the cgroup now, if it was only its children that kept it from being deleted."""
+        if cgroup.ripe:
+            self._look_at(self._now, cgroup)
+        else:
+            self.touched(cgroup)
 
     def vanished(self, cgroup: Cgroup) -> None:
         """Take note that somebody else deleted a cgroup; say so if its use was not recorded."""
@@ -295,6 +299,9 @@ class Reaper:
         self._timer = None
         self._timer_end = math.inf
         self._now = time.monotonic()
+        if len(self._settling) >= _CHUNKS:
+            self._full = True  # until one of them is finished: each keeps descriptors open
+            return
         if self._must_hold():
             batch = self._in_danger()
             self._timer_end = self._now if batch else self._now + _HOLD
@@ -302,8 +309,7 @@ class Reaper:
             self._settle_batch(batch)
             return
         try:
-            size = _SMALL_BATCH if self._hooks is not None and self._hooks.busy() else _BATCH
-            self._settle_batch(self._schedule.take_due(self._now, size))
+            self._settle_batch(self._schedule.take_due(self._now, _BATCH))
         finally:
             self._arm()
 
@@ -348,37 +354,60 @@ class Reaper:
                 self._settle_chunk(level[start : start + _CHUNK])
 
     def _settle_chunk(self, cgroups: list[Cgroup]) -> None:
+        """Record what can be released; it is deleted when the hooks have had a look at it."""
         settled: list[Opened] = []
+        self._chunk_count += 1
+        number = self._chunk_count
+        self._settling[number] = settled
         try:
             for cgroup in cgroups:
-                if not cgroup.gone:
+                if not cgroup.gone and not cgroup.settling:
                     self._look(cgroup, settled)
             self._report(settled)
-            for opened in settled:
-                if opened.release:
-                    self._hand_over(opened.release, opened.directory)
-            self._delete_all(settled)
+            self._hand_over(
+                [opened.release for opened in settled if opened.release],
+                partial(self._finish_chunk, number),
+            )
         except Exception:
-            # A mistake of ours: nothing else may wait for it, and nothing may be forgotten.
-            _log.exception("a batch of %d cgroups was interrupted", len(cgroups))
-            for cgroup in cgroups:
-                if not cgroup.gone:
-                    self._look_at(self._now + _RETRY, cgroup)
+            self._interrupted(cgroups)
+            self._close_chunk(number)
+
+    def _finish_chunk(self, number: int) -> None:
+        """Delete the cgroups of a chunk, unless that was done before."""
+        settled = self._settling.get(number)
+        if settled is None:
+            return
+        self._now = time.monotonic()
+        try:
+            self._delete_all([opened for opened in settled if not opened.cgroup.gone])
+        except Exception:
+            self._interrupted([opened.cgroup for opened in settled])
         finally:
-            for opened in settled:
-                if opened.release and self._hooks:
-                    self._hooks.deleted(opened.release)
-                opened.close()
+            self._close_chunk(number)
+            if self._full:
+                self._full = False
+                self._arm()
+
+    def _interrupted(self, cgroups: list[Cgroup]) -> None:
+        """Go on after a mistake of ours: nothing else may wait for it, nothing may be forgotten."""
+        _log.exception("a batch of %d cgroups was interrupted", len(cgroups))
+        for cgroup in cgroups:
+            if not cgroup.gone:
+                self._look_at(self._now + _RETRY, cgroup)
+
+    def _close_chunk(self, number: int) -> None:
+        for opened in self._settling.pop(number, ()):
+            opened.cgroup.settling = False
+            opened.close()
 
     def _delete_all(self, settled: list[Opened]) -> None:
         remainders: list[Release] = []
         try:
-            with self._reserve, deletions(settled) as noted:
+            with deletions(settled) as noted:
                 for opened in settled:
                     remainders += self._delete(opened, noted)
         finally:
-            for remainder in remainders:  # only now: no script runs with what we hold in reserve
-                self._hand_over(remainder, None)
+            self._hand_over(remainders, lambda: None)
 
     def _look(self, cgroup: Cgroup, settled: list[Opened]) -> None:
         """Open a cgroup; if it is to be deleted, record its use and add it to SETTLED."""
@@ -396,6 +425,7 @@ class Reaper:
             self._cannot_look(cgroup, error)
         finally:
             if delete:
+                cgroup.settling = True
                 settled.append(opened)
             else:
                 opened.close()
@@ -420,6 +450,7 @@ class Reaper:
         found = self._accounts.read(opened)
         # After reading: what a child used is in these numbers, but the child will report it.
         if not self._is_childless(opened):
+            cgroup.ripe = True
             return False
         own = self._accounts.own(cgroup, found)
         if cgroup.reported and not cgroup.used and not any(msgspec.structs.astuple(own)):
@@ -462,14 +493,11 @@ class Reaper:
             lines = [release_line(opened.release) for opened in settled if opened.release]
             _write_all(_STDERR, b"".join(lines))
 
-    def _hand_over(self, release: Release, directory: int | None) -> None:
-        if self._hooks is None:
-            return
-        try:
-            self._hooks.released(release, directory)
-        except Exception:
-            # A mistake of ours in one handler must not keep the others from being deleted.
-            _log.exception("%s", printable(release.path).decode())
+    def _hand_over(self, releases: list[Release], begun: Callable[[], None]) -> None:
+        if self._hooks is None or not releases:
+            begun()
+        else:
+            self._hooks.hand_over(releases, begun)
 
     def _delete(self, opened: Opened, noted: set[Scope]) -> list[Release]:
         """Delete a cgroup if that is possible; return what it used since it was recorded."""

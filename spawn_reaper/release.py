@@ -46,6 +46,9 @@ class Release(msgspec.Struct, frozen=True):
     own: Counters
     """What may be added up: usage minus what was recorded before for this cgroup and below it."""
     attributes: tuple[Attributes, ...]
+    inodes: tuple[int, ...] = ()
+    """Those of the cgroup and of those above it, innermost first, as far as they are known: so that
+    what has the path of one of them later is not taken for it."""
     pressures: Pressures | None = None
     remainder: bool = False
     """Used between the record of the release and the deletion; only ``own`` counts it."""

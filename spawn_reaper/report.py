@@ -15,6 +15,7 @@ _PLAIN = re.compile(rb"[!-\[\]-~]+")  # printable ASCII, without space and backs
 
 
 _MIB = 1 << 20
+_LONGEST = 4096  # characters of a message
 _HALF_MIB = _MIB // 2
 
 
@@ -33,6 +34,11 @@ def one_line(message: bytes) -> str:
     """Return a message as text in which no control character is left."""
     text = message.decode("utf-8", "surrogateescape")
     return "".join(c if c == " " or c == "\\" else _printable_character(c) for c in text)
+
+
+def readable(text: str) -> str:
+    """Return a text that came from elsewhere as one line, cut where it is too long to be read."""
+    return one_line(text[:_LONGEST].encode(errors="surrogateescape"))
 
 
 def _printable_character(character: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -25,6 +25,7 @@ class Handlers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     queue: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 50_000
     time: PositiveSeconds = 60.0
     cpu: PositiveSeconds = 5.0
+    hang: PositiveSeconds = 60.0
     memory: Annotated[float, msgspec.Meta(ge=1, le=1_000_000)] = 256.0
 
 
@@ -37,6 +38,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log: bool = True
     pressure: bool = False
     stop: Seconds = 10.0
+    reload: Literal["function", "script"] = "function"
     handlers: Handlers = Handlers()
 
 

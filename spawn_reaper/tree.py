@@ -53,8 +53,10 @@ class Cgroup:
         "name",
         "parent",
         "reported",
+        "ripe",
         "scope",
         "seen",
+        "settling",
         "used",
     )
 
@@ -76,6 +78,8 @@ class Cgroup:
         self.due: float | None = None  # monotonic time of the next look
         self.accounted: Counters = NO_COUNTERS  # what was recorded for it and below it
         self.reported = False
+        self.ripe = False  # nothing but its children keeps it from being deleted
+        self.settling = False  # it was recorded, and is about to be deleted
 
     def path(self) -> bytes:
         """Return the path relative to the scope's directory."""
@@ -105,6 +109,15 @@ class Scope:
         self.fd = fd
         self.populated = True  # until the kernel says otherwise
         self.root = Cgroup(self, None, b"", os.fstat(fd).st_ino, None)
+        self.inodes = self._inodes_above()
+        """Those of the scope and of all above it but the hierarchy's root, innermost first."""
+
+    def _inodes_above(self) -> tuple[int, ...]:
+        inodes, above = [self.root.inode], b".."
+        for _ in range(self.path.count(b"/") - 1):
+            inodes.append(os.stat(above, dir_fd=self.fd).st_ino)
+            above += b"/.."
+        return tuple(inodes)
 
 
 class Listener(Protocol):
@@ -112,6 +125,9 @@ class Listener(Protocol):
 
     def touched(self, cgroup: Cgroup) -> None:
         """Something about the cgroup may have changed."""
+
+    def childless(self, cgroup: Cgroup) -> None:
+        """The last cgroup below it is gone."""
 
     def vanished(self, cgroup: Cgroup) -> None:
         """Somebody else deleted the cgroup."""
@@ -274,7 +290,7 @@ class Tree:
                 parent.children = None
                 # Removing the last child notifies nothing in the parent.
                 if parent.parent is not None and not parent.gone:
-                    self._listener.touched(parent)
+                    self._listener.childless(parent)
 
     def lost(self, cgroup: Cgroup) -> None:
         """Remove a cgroup that somebody else deleted, with all that was below it."""

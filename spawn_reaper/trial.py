@@ -1,4 +1,4 @@
-"""Running a script once against a release from a file, and telling what it did.
+"""A release from a file, to try a script on.
 
 Owns the format of that file: JSON with the names and units that scripts see, all of them optional.
 """
@@ -7,23 +7,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
 from spawn_reaper import usage
 from spawn_reaper.release import Pressures, Release
-from spawn_reaper.report import one_line, release_line
-from spawn_reaper.script import Script
 from spawn_reaper.usage import Counters, Peaks, Pressure, Usage
 
 _Amount = Annotated[float, msgspec.Meta(ge=0, le=2**53)]
-
-
-Tell = Callable[[str], None]
-"""Prints a line of what happened."""
 
 
 class TrialError(Exception):
@@ -52,6 +45,7 @@ _Given: Any = msgspec.defstruct(
         ("btime", _Amount | None, None),
         ("age", _Amount | None, None),
         ("remainder", bool, False),
+        ("attempt", Annotated[int, msgspec.Meta(ge=1, le=1000)], 1),
         *((name, _Amount | None, None) for name in usage.Counters.__struct_fields__),
         *((name, _Amount | None, None) for name in usage.Peaks.__struct_fields__),
         *((f"{name}_pressure", _Amount | None, None) for name in Pressures.__struct_fields__),
@@ -64,12 +58,23 @@ _Given: Any = msgspec.defstruct(
 )
 
 
-def read_release(data: bytes) -> Release:
-    """Return the release in a file's contents."""
+class Trial(NamedTuple):
+    """What a script is tried on."""
+
+    release: Release
+    attempt: int
+
+
+def read_trial(data: bytes) -> Trial:
+    """Return what is in a file's contents."""
     try:
         given = msgspec.json.decode(data, type=_Given)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise TrialError(str(error)) from None
+    return Trial(_release(given), given.attempt)
+
+
+def _release(given: Any) -> Release:
     counters = _counters(given)
     path = given.path.encode()
     return Release(
@@ -118,33 +123,6 @@ def _attributes(given: Any) -> tuple[dict[bytes, bytes], ...]:
         )
         given = given.parent
     return tuple(levels)
-
-
-async def try_script(script: Script, release: Release, seconds: float, tell: Tell) -> bool:
-    """Run the script's cgroup_released once; return whether it came to its end without an error."""
-    tell(f"cgroup_released: {release_line(release).decode(errors='replace').rstrip()}")
-    before = script.failed_count
-    start = time.monotonic()
-    script.released(release, None)
-    left = await script.finish(seconds)
-    elapsed = time.monotonic() - start
-    if left:
-        tell(f"cgroup_released: still waiting after {elapsed:.3f} s, ended")
-    elif script.failed_count > before:
-        tell(f"cgroup_released: failed after {elapsed:.3f} s")
-    else:
-        tell(f"cgroup_released: done after {elapsed:.3f} s")
-    return not left and script.failed_count == before
-
-
-def tracer(tell: Tell) -> Callable[[bytes, bytes, bytes, bytes], None]:
-    """Return what prints a line for each call that the script makes."""
-
-    def trace(place: bytes, name: bytes, arguments: bytes, results: bytes) -> None:
-        call = place + name + b"(" + arguments + b")"
-        tell(one_line(call + b" -> " + results if results else call))
-
-    return trace
 
 
 def read_file(path: Path) -> bytes:

@@ -80,6 +80,7 @@ function reload() end
 ---@class reaper.cgroup: reaper.parent
 ---@field id string unique for each call; plain ASCII
 ---@field own reaper.counters a new table of what was not reported before: may be added up
+---@field attempt integer 1, or more if the script's process ended during an earlier attempt
 ---@field remainder boolean CPU time used between an earlier call and the deletion
 
 ---Extended attributes. "account" reads user.account, a key with a dot is the whole name. nil for

@@ -14,6 +14,7 @@ import pytest
 
 from tests.tools.harness import Cgroup, Host, wait_for
 from tests.tools.native import ROOT
+from tests.tools.standing import readable_to_all
 
 PROGRAM = Path(sys.executable).with_name("cm4all-spawn-reaper")
 
@@ -223,7 +224,7 @@ def test_an_unreadable_file_ends_the_start_with_one_line(host: Host, flag: str) 
     file = host.directory / "file"
     file.touch(mode=0o600)
     result = subprocess.run(
-        ["setpriv", "--reuid=65432", "--clear-groups", PROGRAM, flag, file],
+        [*readable_to_all(), "setpriv", "--reuid=65432", "--clear-groups", PROGRAM, flag, file],
         capture_output=True,
         text=True,
         check=False,

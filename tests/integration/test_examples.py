@@ -423,7 +423,7 @@ def test_postgresql_records_what_the_daemon_releases(
     wait_for("it is gone", lambda: scope.children() == ["_"])
     run_jobs(scope, reaper, "mail")
     reaper.stop()
-    assert complaints(reaper) == []
+    assert complaints(reaper) == [], reaper.errors()
     rows = server.query("SELECT path, account, cpu_total > 0 FROM reaper.release ORDER BY path")
     base = host.path_of(scope)
     assert [row for row in rows if row[0] != f"{base}/web"] == [

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+from collections.abc import Callable
 from typing import Final
 from unittest.mock import patch
 
 from spawn_common.claims import Claims
-from spawn_common.privileges import Reserve
 from spawn_reaper import reaper
 from spawn_reaper.accounts import Accounts
 from spawn_reaper.release import Release
@@ -24,20 +24,14 @@ GRACE: Final = 0.02
 class Releases(list[bytes]):
     """Hooks that note the paths."""
 
-    def busy(self) -> bool:
-        """Never."""
-        return False
-
     def full(self) -> bool:
         """Never."""
         return False
 
-    def released(self, release: Release, directory: int | None) -> None:
-        """Note it."""
-        self.append(os.path.basename(release.path))
-
-    def deleted(self, release: Release) -> None:
-        """Nothing was kept."""
+    def hand_over(self, releases: list[Release], begun: Callable[[], None]) -> None:
+        """Note them, and keep nobody waiting."""
+        self.extend(os.path.basename(release.path) for release in releases)
+        begun()
 
 
 def in_process(host: Host, scope: Cgroup, releases: Releases) -> reaper.Reaper:
@@ -47,7 +41,6 @@ def in_process(host: Host, scope: Cgroup, releases: Releases) -> reaper.Reaper:
         ScopeFinder(root, [os.fsencode(host.path_of(scope))]),
         Accounts(local_counters(frozenset(), pids_events_local=False), pressure=False),
         Claims(f"test-{scope.directory}"),
-        Reserve(),
         grace=GRACE,
         unclaimed=60.0,
         log_lines=False,

@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 
-from spawn_reaper.bindings import database, link
+from spawn_reaper.runner.bindings import database, link
 from spawn_reaper.settings import Handlers
 from tests.tools.postgresql import WAIT_FOR_LOCK, Postgresql, programs
 from tests.tools.scripts import SCRIPT, Outcome, Stage, handling, play, printed, run, waiting
@@ -954,7 +954,7 @@ def test_stopping_does_not_wait_for_a_query_for_ever(server: Postgresql) -> None
             async with Stage(code) as stage:
                 stage.release("job")
                 await waiting(stage, server)
-                assert await stage.script.finish(0.1) == 1
+                assert await stage.finish(0.1) == 1
                 return stage.outcome()
 
     assert run(test).output == []
@@ -986,7 +986,7 @@ def test_handlers_whose_transactions_wait_for_each_other_are_ended(server: Postg
             stage.release("after")
             await stage.printed("after\t1\t1")
             assert "ran longer than 0.5 s" in "".join(stage.errors())
-            await stage.script.finish(5)
+            await stage.finish(5)
 
     run(test)
 

@@ -186,12 +186,15 @@ def as_nobody(command: Command, group: int = NOBODY.pw_gid) -> None:
 # What it may
 
 
-def test_the_reaper_has_one_capability_and_only_in_reserve(reaper: Command) -> None:
+def test_the_reaper_has_one_capability_and_the_script_s_process_none(reaper: Command) -> None:
     pid = reaper.detach("--user", NOBODY.pw_name)
     for _ in range(2):
         sets = capabilities(pid)
-        assert sets["Prm"] == CAP_DAC_OVERRIDE
-        assert sets["Eff"] == sets["Inh"] == sets["Amb"] == 0
+        assert sets["Prm"] == sets["Eff"] == CAP_DAC_OVERRIDE
+        assert sets["Inh"] == sets["Amb"] == 0
+        (runner,) = set(reaper.processes()) - {pid}
+        sets = capabilities(runner)
+        assert sets["Prm"] == sets["Eff"] == sets["Inh"] == sets["Amb"] == 0
         reaper.check_that_it_works()
 
 
@@ -212,8 +215,8 @@ def test_a_daemon_whose_user_has_no_capability_gets_none(command: Command) -> No
         assert command.problems(result.stderr) == [problem]
         return
     assert result.returncode == 0, result.stderr
-    (pid,) = command.processes()
-    assert all(capabilities(pid)[name] == 0 for name in ("Prm", "Eff", "Inh", "Amb"))
+    for pid in command.processes():
+        assert all(capabilities(pid)[name] == 0 for name in ("Prm", "Eff", "Inh", "Amb"))
 
 
 # Others on the host
@@ -226,7 +229,7 @@ def test_somebody_who_is_not_trusted_cannot_keep_a_reaper_from_starting(
     as_nobody(squatter)
     result = squatter.run("--detach")
     assert result.returncode == 0, result.stderr
-    (other,) = squatter.processes()
+    other = squatter.daemon()
     reaper.detach("--log-file", reaper.log_file)
     what = reaper.arguments[reaper.arguments.index("--scope") + 1]
     who = f"process {other} of user {NOBODY.pw_uid}"
@@ -278,11 +281,17 @@ def test_where_nothing_can_be_watched_the_reaper_says_so_and_ends(reaper: Comman
 # Files
 
 
-def test_a_pid_file_in_a_folder_that_is_closed_to_the_user_is_emptied(command: Command) -> None:
+def test_a_pid_file_in_a_folder_that_is_closed_to_the_user_is_emptied(accessory: Command) -> None:
     for _ in range(2):
-        pid = command.detach("--user", NOBODY.pw_name)
-        command.end(pid, signal.SIGTERM)
-        assert command.pid_file.read_text() == ""
+        pid = accessory.detach("--user", NOBODY.pw_name)
+        accessory.end(pid, signal.SIGTERM)
+        assert accessory.pid_file.read_text() == ""
+
+
+def test_the_reaper_s_capability_is_enough_to_remove_its_pid_file(reaper: Command) -> None:
+    pid = reaper.detach("--user", NOBODY.pw_name)
+    reaper.end(pid, signal.SIGTERM)
+    assert not reaper.pid_file.exists()
 
 
 def test_the_log_file_belongs_to_the_user_who_opens_it_again(command: Command) -> None:
@@ -305,13 +314,26 @@ def check_owner(log: Path) -> None:
     assert found.st_mode & 0o777 == 0o640
 
 
-def test_a_log_file_that_the_user_cannot_open_again_is_kept(command: Command) -> None:
-    pid = command.detach("--user", NOBODY.pw_name, "--log-file", command.log_file)
-    old = command.log_file.rename(command.directory / "daemon.log.1")
+def test_a_log_file_that_the_user_cannot_open_again_is_kept(accessory: Command) -> None:
+    pid = accessory.detach("--user", NOBODY.pw_name, "--log-file", accessory.log_file)
+    old = accessory.log_file.rename(accessory.directory / "daemon.log.1")
     os.kill(pid, signal.SIGUSR1)
-    problem = f"cannot open the log file again: {command.log_file}: Permission denied"
+    problem = f"cannot open the log file again: {accessory.log_file}: Permission denied"
     wait_for("it says so", lambda: problem in old.read_text().splitlines())
-    command.check_that_it_works()
+    accessory.check_that_it_works()
+
+
+def test_what_a_script_prints_goes_to_the_log_file_that_was_opened_again(reaper: Command) -> None:
+    script = reaper.directory / "script.lua"
+    script.write_text("function cgroup_released(cgroup) print('printed', cgroup.path) end")
+    options = ("--lua", script, "--log-file", reaper.log_file)
+    pid = reaper.detach("--user", NOBODY.pw_name, *options)
+    old = reaper.log_file.rename(reaper.directory / "daemon.log.1")
+    os.kill(pid, signal.SIGUSR1)
+    wait_for("it is opened again", reaper.log_file.exists)
+    reaper.check_that_it_works()
+    wait_for("it is there", lambda: "\nprinted\t" in reaper.log_file.read_text())
+    assert "printed" not in old.read_text()
 
 
 # Namespaces
@@ -373,8 +395,7 @@ def test_a_reaper_that_is_not_root_empties_and_counts_the_scope(
     for name in ("job", "other"):
         reaper.scope.make(name).run(BURN)
     wait_for("the scope is empty", lambda: reaper.scope.children() == [])
-    (pid,) = reaper.processes()
-    reaper.end(pid, signal.SIGTERM)
+    reaper.end(reaper.daemon(), signal.SIGTERM)
     found = read_releases(reaper.releases)
     assert sum(release.own for release in found) == pytest.approx(
         reaper.scope.cpu_seconds(), abs=1e-5
@@ -383,11 +404,10 @@ def test_a_reaper_that_is_not_root_empties_and_counts_the_scope(
     assert sorted(names) == [b"job", b"name", b"name/session", b"other"]
 
 
-@pytest.mark.parametrize("owned", [belongs_to_root, belongs_to_a_group])
 def test_a_spawner_s_own_cgroup_that_cannot_be_read_is_left_alone(
-    reaper: Command, owned: Callable[[Command], None]
+    reaper: Command,
 ) -> None:
-    owned(reaper)
+    belongs_to_a_group(reaper)
     spawner = reaper.scope.make("_")
     os.chown(spawner.directory, 0, 0)
     os.chmod(spawner.directory, 0o770)
@@ -407,6 +427,23 @@ def test_a_spawner_s_own_cgroup_that_cannot_be_read_is_left_alone(
     log = reaper.log_file.read_text().splitlines()
     assert [line for line in log if "/_" in line] == []
     assert len([line for line in log if line.startswith("job: ")]) == 2
+
+
+@pytest.mark.parametrize("closed", ["name/sub", "name/sub/cgroup.events", "name/sub/cpu.stat"])
+def test_what_a_customer_has_closed_is_released_and_counted(reaper: Command, closed: str) -> None:
+    belongs_to_root(reaper)
+    pid = reaper.detach()
+    with reaper.scope.make("_").start() as spawner:  # so that the grace time applies
+        reaper.scope.make("name/sub").run(f"{BURN}; chmod 000 {reaper.scope.directory}/{closed}")
+        wait_for("it is deleted", lambda: reaper.scope.children() == ["_"])
+        spawner.kill()
+    reaper.end(pid, signal.SIGTERM)
+    found = read_releases(reaper.releases)
+    names = {release.path.partition(b"test.scope/")[2] for release in found}
+    assert {b"name", b"name/sub"} <= names
+    assert sum(release.own for release in found) == pytest.approx(
+        reaper.scope.cpu_seconds(), abs=0.02
+    )
 
 
 CAPABILITIES = """

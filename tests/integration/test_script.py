@@ -407,7 +407,11 @@ def test_endless_recursion_through_functions_of_lua_does_not_crash_the_daemon(
       print(pcall(through_sort))
     end
     """
-    output = printed_by(host, scope, script)
+    reaper = host.reaper(scope, script=script, settings="[handlers]\ncpu = 600")
+    run_jobs(scope, reaper, "job")
+    reaper.stop()
+    assert complaints(reaper) == []
+    output = reaper.output()
     assert output == [
         "false\tstack overflow",
         "false\ttoo many coroutines resume each other",

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
-from spawn_reaper.bindings.socket import Socket, Sockets
+from spawn_reaper.runner.bindings.socket import Socket, Sockets
 from spawn_reaper.settings import Handlers
 from tests.integration.test_script import complaints, has_printed, run_jobs
 from tests.tools import control, servers
@@ -549,7 +549,7 @@ def test_sockets_block_where_lua_cannot_suspend_its_caller(place: str, directory
 
 
 def test_what_blocks_has_a_limit_too(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spawn_reaper.bindings.socket.LIMIT", 0.2)
+    monkeypatch.setattr("spawn_reaper.runner.bindings.socket.LIMIT", 0.2)
     with (
         servers.unix_listener("stream", directory / "full", backlog=0) as full,
         servers.unix_listener("stream", directory / "stuck") as stuck,

@@ -465,6 +465,7 @@ def test_everything_goes_to_the_log_file(reaper: Command) -> None:
     assert released == 1
     assert sorted(log.splitlines()) == [
         f"{path}: {reaper.directory}/talkative.lua:6: error",
+        "calling the script's function reload; its file is not read again",
         "main chunk",
         "print job-0",
         "reload",

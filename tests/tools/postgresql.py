@@ -68,6 +68,7 @@ class Postgresql:
         self._alive = -1  # the end of a pipe whose other end each of its processes holds
         account = _account()
         os.chown(directory, account.pw_uid, account.pw_gid)
+        directory.chmod(0o755)  # scripts connect without root's capabilities
         subprocess.run(["cp", "-a", "--reflink=auto", _template(), self._data], check=True)
 
     def __enter__(self) -> Self:

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Final, Self, TypeVar
 
+from spawn_reaper import page, wire
 from spawn_reaper.release import Release
-from spawn_reaper.script import Script
+from spawn_reaper.runner.script import Script
 from spawn_reaper.settings import Handlers
 from spawn_reaper.usage import NO_COUNTERS, NO_PEAKS, Counters, Peaks, Usage
 from tests.tools.postgresql import Postgresql
@@ -74,6 +76,8 @@ class Stage:
         self._printed: IO[bytes]
         self._logged: _Log
         self._directory = ""
+        self._waiting: set[int] = set()  # numbers of releases that are not done
+        self._last = 0  # number
         self.script: Script
 
     async def __aenter__(self) -> Self:
@@ -83,7 +87,7 @@ class Stage:
             self._logged = exits.enter_context(_captured_log())
             path = Path(self._directory, "test.lua")
             path.write_text(self._code, errors="surrogateescape")
-            self.script = Script(self._limits, b"/nowhere")
+            self.script = Script(self._limits, b"/nowhere", new_page(exits), self._acknowledged)
             exits.callback(self.script.close)
             await self.script.load(path)
             self._exits = exits.pop_all()
@@ -95,7 +99,25 @@ class Stage:
     def release(self, *releases: str | Release) -> None:
         """Hand over releases, or those of cgroups with these names that used nothing."""
         for each in releases:
-            self.script.released(release(each) if isinstance(each, str) else each, None)
+            self._last += 1
+            self._waiting.add(self._last)
+            fields = wire.fields_of(release(each) if isinstance(each, str) else each)
+            self.script.handle([wire.Numbered(self._last, 1, fields)])
+
+    def _acknowledged(self, ack: wire.Ack) -> None:
+        """Do as the core does."""
+        self._waiting.difference_update(ack.done)
+        for message in ack.failed:
+            logging.getLogger("spawn_reaper").error("%s", message)
+
+    async def finish(self, seconds: float) -> int:
+        """Let handlers end for so long at most, then end them; return how many did not."""
+        end = time.monotonic() + seconds
+        while self._waiting and time.monotonic() < end:
+            await asyncio.sleep(0.001)
+        left = len(self._waiting)
+        await self.script.stop(max(0.0, end - time.monotonic()))
+        return left
 
     def outcome(self) -> Outcome:
         """Return what came of the script until now."""
@@ -139,7 +161,7 @@ class Stage:
 
     async def end_all(self, seconds: float = 15) -> Outcome:
         """Let the handlers end, which they must, and return all that came of it."""
-        left = await self.script.finish(seconds)
+        left = await self.finish(seconds)
         assert left == 0, f"{left} handlers did not end; {self.outcome()}"
         return self.outcome()
 
@@ -220,6 +242,17 @@ class _Log(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         ours = record.name.startswith(("spawn_reaper", "spawn_common"))
         (self.lines if ours else self.complaints).append(self.format(record))
+
+
+def new_page(exits: ExitStack) -> page.Page:
+    """Return a page that nobody else sees."""
+    descriptor = page.create()
+    try:
+        own = page.Page(descriptor)
+    finally:
+        os.close(descriptor)
+    exits.callback(own.close)
+    return own
 
 
 @contextmanager

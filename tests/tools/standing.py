@@ -109,6 +109,12 @@ class Command:
         """Return all processes that belong to it."""
         return list(map(int, (self.cgroup.directory / "cgroup.procs").read_text().split()))
 
+    def daemon(self) -> int:
+        """Return which of them is the daemon: the one whose parent is none of them."""
+        processes = self.processes()
+        (daemon,) = (pid for pid in processes if int(status(pid)["PPid"]) not in processes)
+        return daemon
+
     def problems(self, text: str) -> list[str]:
         """Return which of the lines of TEXT are problems, without the name of the program."""
         lines = (line.partition(f"{self.program}: ") for line in text.splitlines())

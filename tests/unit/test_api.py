@@ -8,8 +8,8 @@ from typing import Final
 
 import pytest
 
-from spawn_reaper.bindings.api import api
-from spawn_reaper.script import new_runtime
+from spawn_reaper.runner.bindings.api import api
+from spawn_reaper.runner.script import new_runtime
 
 ROOT = Path(__file__).parents[2]
 DEFINITIONS = ROOT / "lua" / "types" / "reaper.d.lua"

@@ -678,7 +678,7 @@ async def call_all(code: list[str]) -> list[str]:
     async with Stage(FUZZ % "\n  ".join(functions), Handlers(cpu=2)) as stage:
         stage.release(*(f"call.{number + 1}" for number in range(len(code))), "control")
         await stage.until("the last one runs", lambda: "unharmed" in "".join(stage.output()))
-        await stage.script.finish(0.01)  # some wait for the database, and always will
+        await stage.finish(0.01)  # some wait for the database, and always will
         allowed = ("ran longer", "PostgreSQL", "nonexistent", "went on after", "time was over")
         strange = [line for line in stage.errors() if not any(text in line for text in allowed)]
         assert strange == []
@@ -730,7 +730,7 @@ def test_what_is_collected_leaves_no_descriptor(maker: str) -> None:
         async with Stage(code) as stage:
             before = descriptors()
             stage.release("one", "two", "three")
-            assert await stage.script.finish(10) == 0
+            assert await stage.finish(10) == 0
             stage.release("collect")
             await stage.printed("collected")
             await stage.until("all are closed", lambda: leaked(before) == 0)

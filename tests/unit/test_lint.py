@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spawn_reaper import lint as module
-from spawn_reaper.bindings.api import api
-from spawn_reaper.lint import Api, Unavailable, lint
-from spawn_reaper.script import new_runtime
+from spawn_reaper.runner import lint as module
+from spawn_reaper.runner.bindings.api import api
+from spawn_reaper.runner.lint import Api, Unavailable, lint
+from spawn_reaper.runner.script import new_runtime
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [ROOT / "lua/reaper.lua", *sorted((ROOT / "lua/examples").glob("*.lua"))]

@@ -14,7 +14,7 @@ import pytest
 
 from spawn_common import linux
 from spawn_common.linux import CAP_DAC_OVERRIDE, CAP_KILL, CAP_SYS_ADMIN, Capabilities
-from spawn_common.privileges import Account, Reserve, find_account, pass_on
+from spawn_common.privileges import Account, find_account, keep, pass_on
 
 NOBODY = pwd.getpwnam("nobody")
 GROUP = grp.getgrgid(2)
@@ -136,36 +136,18 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], Kernel]:
     return make
 
 
-def test_what_is_in_reserve_is_effective_only_within_the_statement(
+def test_what_is_kept_is_effective_and_passed_on_to_nobody(
     process: Callable[[int, int], Kernel],
 ) -> None:
     kernel = process(NOBODY.pw_uid, DAC | KILL | ADMIN)
-    reserve = Reserve(CAP_DAC_OVERRIDE)
-    for _ in range(2):
-        assert (kernel.sets, kernel.ambient) == (Capabilities(0, DAC, 0), 0)
-        with reserve:
-            assert (kernel.sets, kernel.ambient) == (Capabilities(DAC, DAC, 0), 0)
+    keep(CAP_DAC_OVERRIDE)
+    assert (kernel.sets, kernel.ambient) == (Capabilities(DAC, DAC, 0), 0)
 
 
-def test_what_is_in_reserve_is_lowered_after_an_error(
-    process: Callable[[int, int], Kernel],
-) -> None:
-    kernel = process(NOBODY.pw_uid, DAC)
-    reserve = Reserve(CAP_DAC_OVERRIDE)
-    with pytest.raises(FileNotFoundError), reserve:
-        os.rmdir("/nonexistent/cgroup")
-    assert kernel.sets == Capabilities(0, DAC, 0)
-
-
-def test_a_reserve_that_is_empty_takes_no_system_call(
-    process: Callable[[int, int], Kernel],
-) -> None:
+def test_nothing_is_kept_that_we_do_not_have(process: Callable[[int, int], Kernel]) -> None:
     kernel = process(NOBODY.pw_uid, KILL)
-    reserve = Reserve(CAP_DAC_OVERRIDE)
-    calls = kernel.calls
-    with reserve:
-        assert kernel.sets == Capabilities(0, 0, 0)
-    assert kernel.calls == calls
+    keep(CAP_DAC_OVERRIDE)
+    assert (kernel.sets, kernel.ambient) == (Capabilities(0, 0, 0), 0)
 
 
 def test_what_is_passed_on_is_in_all_sets_and_nothing_else_is(
@@ -179,6 +161,5 @@ def test_what_is_passed_on_is_in_all_sets_and_nothing_else_is(
 def test_root_keeps_what_it_has(process: Callable[[int, int], Kernel]) -> None:
     kernel = process(0, DAC | KILL)
     pass_on(CAP_SYS_ADMIN)
-    with Reserve(CAP_SYS_ADMIN):
-        pass
+    keep(CAP_SYS_ADMIN)
     assert kernel.calls == 0

@@ -82,6 +82,7 @@ def test_every_setting_can_be_set(load: Load) -> None:
         log = false
         pressure = true
         stop = 5.5
+        reload = "script"
 
         [handlers]
         running = 8
@@ -89,6 +90,7 @@ def test_every_setting_can_be_set(load: Load) -> None:
         time = 2.5
         cpu = 1
         memory = 64
+        hang = 30
     """
     assert load(text) == Settings(
         scopes=("/a.scope", "/b/*.scope"),
@@ -97,7 +99,8 @@ def test_every_setting_can_be_set(load: Load) -> None:
         log=False,
         pressure=True,
         stop=5.5,
-        handlers=Handlers(running=8, queue=500, time=2.5, cpu=1.0, memory=64.0),
+        reload="script",
+        handlers=Handlers(running=8, queue=500, time=2.5, cpu=1.0, hang=30.0, memory=64.0),
     )
 
 
@@ -109,9 +112,10 @@ def test_every_setting_is_covered_above() -> None:
         "log",
         "pressure",
         "stop",
+        "reload",
         "handlers",
     )
-    assert Handlers.__struct_fields__ == ("running", "queue", "time", "cpu", "memory")
+    assert Handlers.__struct_fields__ == ("running", "queue", "time", "cpu", "hang", "memory")
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from spawn_reaper.bindings.cgroup import FIELDS
-from spawn_reaper.trial import TrialError, read_release
+from spawn_reaper.runner.bindings.cgroup import NAMES
+from spawn_reaper.trial import TrialError, read_trial
 
 
 def test_an_empty_object_is_a_release_of_which_nothing_is_known() -> None:
-    release = read_release(b"{}")
+    release = read_trial(b"{}").release
     assert release.path == b"/trial.scope/job"
     assert release.name == b"job"
     assert release.born is None
@@ -20,7 +20,7 @@ def test_an_empty_object_is_a_release_of_which_nothing_is_known() -> None:
 
 
 def test_amounts_are_in_the_units_of_scripts() -> None:
-    release = read_release(b'{"cpu_total": 1.5, "memory_peak": 4096, "cpu_pressure": 0.25}')
+    release = read_trial(b'{"cpu_total": 1.5, "memory_peak": 4096, "cpu_pressure": 0.25}').release
     assert release.usage.counters.cpu_total == 1_500_000
     assert release.usage.peaks.memory_peak == 4096
     assert release.pressures is not None
@@ -28,14 +28,16 @@ def test_amounts_are_in_the_units_of_scripts() -> None:
 
 
 def test_own_is_all_that_was_used_unless_it_is_given() -> None:
-    assert read_release(b'{"cpu_total": 2}').own.cpu_total == 2_000_000
-    assert read_release(b'{"cpu_total": 2, "own": {"cpu_total": 1}}').own.cpu_total == 1_000_000
+    assert read_trial(b'{"cpu_total": 2}').release.own.cpu_total == 2_000_000
+    assert (
+        read_trial(b'{"cpu_total": 2, "own": {"cpu_total": 1}}').release.own.cpu_total == 1_000_000
+    )
 
 
 def test_attributes_have_the_names_that_scripts_use() -> None:
-    release = read_release(
+    release = read_trial(
         b'{"xattr": {"account": "a", "trusted.x": "b"}, "parent": {"xattr": {"account": "c"}}}'
-    )
+    ).release
     assert release.attributes == (
         {b"user.account": b"a", b"trusted.x": b"b"},
         {b"user.account": b"c"},
@@ -44,9 +46,9 @@ def test_attributes_have_the_names_that_scripts_use() -> None:
 
 def test_every_field_that_scripts_can_read_can_be_given() -> None:
     tables: dict[str, object] = {"own": {}, "parent": {}, "xattr": {}}
-    for name in FIELDS:
+    for name in NAMES:
         value = tables.get(name, {"path": "/x", "id": "1", "remainder": True}.get(name, 1))
-        read_release(json.dumps({name: value}).encode())
+        read_trial(json.dumps({name: value}).encode())
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,6 @@ def test_every_field_that_scripts_can_read_can_be_given() -> None:
 )
 def test_what_is_no_release_is_refused_with_the_reason(text: bytes, reason: str) -> None:
     with pytest.raises(TrialError) as caught:
-        read_release(text)
+        read_trial(text)
     assert reason.lower() in str(caught.value).lower()
     assert "\n" not in str(caught.value)

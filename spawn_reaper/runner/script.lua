@@ -1,7 +1,7 @@
 -- The Lua side of script.py: runs the script's functions as coroutines, under limits.
 --
 -- Called once with the limits, a function that takes (path, message) when a handler fails, and one
--- that takes (number of the task, path, operation) when a task begins to wait. Returns a table of what
+-- that takes (number of the task, path, release, operation) when a task begins to wait. Returns a table of what
 -- script.py and the bindings need. Whatever the script may replace later (coroutine, error, ...) is
 -- kept in locals.
 
@@ -28,7 +28,7 @@ package.loaded.python = nil
 -- A pipe would be buffered in blocks.
 io.stdout:setvbuf("line")
 
--- A script that could end the daemon would end it in the middle of a batch.
+-- Handlers that wait would be lost with the process.
 os.exit = function()
   error("os.exit() is not available: the daemon goes on", 2)
 end
@@ -104,6 +104,16 @@ local function unlimit()
   end
 end
 
+-- The script's message handlers do not run for what a limit has ended: no hook reaches into them.
+globals.xpcall = function(body, handler, ...)
+  return xpcall(body, function(...)
+    if strict then
+      return (...)
+    end
+    return handler(...)
+  end, ...)
+end
+
 -- Turns any error value into a string that begins with file and line.
 local function locate(value)
   local message = type(value) == "string" and value
@@ -151,7 +161,8 @@ end
 local function wait(operation)
   local number = task_number()
   waiting[number] = current
-  suspended(number, tasks[current].path, operation)
+  local task = tasks[current]
+  suspended(number, task.path, task.release, operation)
   return yield(OPERATION)
 end
 
@@ -208,15 +219,15 @@ local function ended(ok, ...)
 end
 
 -- Returns a function that runs HANDLER as a task, up to its end or its first yield. What that
--- function takes, after the path for failed(), goes to NEW, which makes HANDLER's argument; CLOSE is
+-- function takes, after the number of the release and the path for failed(), goes to NEW, which makes HANDLER's argument; CLOSE is
 -- called with the argument when the handler has ended, however that came about.
 local function starter(handler, new, close)
-  return function(path, ...)
+  return function(release, path, ...)
     local object = new and new(...)
     local co = create(function()
       return ended(xpcall(handler, locate, object))
     end)
-    tasks[co] = { path = path, object = object, close = close }
+    tasks[co] = { release = release, path = path, object = object, close = close }
     return slice(co)
   end
 end
@@ -285,6 +296,11 @@ coroutine.wrap = function(body)
   end
 end
 
+-- Where a function of the script begins.
+local function defined(handler)
+  return getinfo(handler, "S").linedefined
+end
+
 local function compile(code, name)
   return loadstring(code, "@" .. name)
 end
@@ -317,6 +333,7 @@ return {
   close = close,
   compile = compile,
   continue = continue,
+  defined = defined,
   global = global,
   guarded = guarded,
   placed = placed,

@@ -13,7 +13,7 @@ import socket
 import threading
 from typing import Any, Final, NamedTuple
 
-from spawn_reaper.bindings.calling import LIMIT, Calling, Failure, Misuse, exposed
+from spawn_reaper.runner.bindings.calling import LIMIT, Calling, Failure, Misuse, exposed
 
 CONTROL_PORT: Final = 5478
 _PATH_MAX: Final = 107  # unix(7): sun_path holds 108 bytes, the last one NUL

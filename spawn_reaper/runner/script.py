@@ -1,7 +1,7 @@
 """The Lua runtime: loading the script, running its functions as coroutines, ending them.
 
 Owns the interpreter and the limits on handlers. Which objects and functions a script finds is the
-business of ``bindings``; what a release is, of the reaper. LuaJIT is asked for by name, because
+business of ``bindings``; what a release is, of the core. LuaJIT is asked for by name, because
 ``import lupa`` may give another Lua.
 """
 
@@ -12,20 +12,20 @@ import importlib
 import logging
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from spawn_reaper import bindings
-from spawn_reaper.bindings.calling import Calling, Outcome, Runtime, Trace
-from spawn_reaper.bindings.cgroup import CgroupBinding, fields_of
-from spawn_reaper.release import Release
+from spawn_reaper.page import OURS, Page
 from spawn_reaper.report import one_line, printable
+from spawn_reaper.runner import bindings
+from spawn_reaper.runner.bindings.calling import Calling, Outcome, Runtime, Trace
+from spawn_reaper.runner.bindings.cgroup import CgroupBinding
+from spawn_reaper.runner.tasks import NOT_WAITING, Tasks
 from spawn_reaper.settings import Handlers
-from spawn_reaper.tasks import Tasks
+from spawn_reaper.wire import MESSAGE_MAX, PATH, Ack, Numbered
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ _CPATH: Final = (
 
 _MAIN_CHUNK: Final = b""  # in place of the path of a cgroup
 _LAST_ROUNDS: Final = 10  # of the event loop
-_TURN: Final = 0.1  # seconds for which handlers may begin before the daemon looks at its events
+_TURN: Final = 64  # handlers that may begin before those that wait have a turn
 
 
 class ScriptError(Exception):
@@ -54,9 +54,21 @@ class ScriptError(Exception):
 class Script:
     """A Lua interpreter with (after load()) the administrator's script in it."""
 
-    def __init__(self, limits: Handlers, root: bytes, trace: Trace | None = None) -> None:
-        """Make the interpreter; ROOT is the path of the cgroup root directory."""
+    def __init__(
+        self,
+        limits: Handlers,
+        root: bytes,
+        page: Page,
+        acknowledge: Callable[[Ack], None],
+        trace: Trace | None = None,
+    ) -> None:
+        """Make the interpreter; ROOT is the path of the cgroup root directory.
+
+        PAGE shows what is being done. ACKNOWLEDGE is told how far the releases are.
+        """
         self._limits = limits
+        self._page = page
+        self._acknowledge = acknowledge
         self._lua = new_runtime()
         load = self._lua.eval(b"loadstring")
         code = Path(__file__).with_name("script.lua").read_bytes()
@@ -65,7 +77,8 @@ class Script:
         )
         self._starter, self._compile = functions[b"starter"], functions[b"compile"]
         self._global, self._close_lua = functions[b"global"], functions[b"close"]
-        self.resume, self.abandon = functions[b"continue"], functions[b"abandon"]
+        self._defined = functions[b"defined"]
+        self._continue, self.abandon = functions[b"continue"], functions[b"abandon"]
         self._tasks = Tasks(limits.time, self, self._outcome, self._failed)
         self._tasks.ended.append(self._task_ended)
         runtime = Runtime(self._lua, functions, self._run, self._tasks.ended)
@@ -74,14 +87,14 @@ class Script:
         self._cgroups = CgroupBinding(load, functions[b"guarded"], root)
         self._begin: Any = None  # starts cgroup_released
         self._load_error: str | None = None
-        self._queue: deque[Release] = deque()
-        self._full = False
-        self._one_ended: asyncio.Future[None] | None = None
+        self.handler: str | None = None
+        """Where ``cgroup_released`` is defined, as FILE:LINE."""
+        self._queue: deque[Numbered] = deque()
         self._turn: asyncio.Handle | None = None
-        self._turn_end = 0.0  # monotonic time until which handlers may begin in this turn
-        self._reloading = False
-        self._reload_waiting: list[Callable[[], None]] = []
-        self.failed_count = 0
+        self._one_ended: asyncio.Future[None] | None = None
+        self._begun = self._told = 0  # releases; how many of them were acknowledged
+        self._done: list[int] = []  # since the last acknowledgement
+        self._failures: list[str] = []
 
     # The script as a whole
 
@@ -108,6 +121,8 @@ class Script:
             raise ScriptError(f"{path}: cgroup_released is a {kind.decode()}, not a function")
         if kind == b"function":
             self._begin = self._starter(function, self._cgroups.new, self._cgroups.close)
+            line = self._defined(function)
+            self.handler = f"{printable(os.fsencode(path)).decode()}:{line}"
 
     @property
     def handles_releases(self) -> bool:
@@ -115,43 +130,25 @@ class Script:
         return self._begin is not None
 
     def reload(self, done: Callable[[], None]) -> None:
-        """Call the script's ``reload`` and DONE after it; once more if it is running now."""
-        self._reload_waiting.append(done)
-        if not self._reloading:
-            self._reload_again()
-
-    def _reload_again(self) -> None:
-        """Run ``reload`` for all who have asked for it until now."""
+        """Call the script's ``reload``, if there is one, and DONE when it has come to its end."""
         function, kind = self._global(b"reload")
-        waiting, self._reload_waiting = self._reload_waiting, []
         if kind == b"function":
-            self._reloading = True
-            self._run(function, lambda: self._reloaded(waiting))
+            self._run(function, done)
         else:
-            self._reloaded(waiting)
-
-    def _reloaded(self, waiting: list[Callable[[], None]]) -> None:
-        self._reloading = False
-        for done in waiting:
             done()
-        if self._reload_waiting:
-            asyncio.get_running_loop().call_soon(self._reload_again)
 
-    async def finish(self, seconds: float) -> int:
-        """Let handlers finish for so long at most; return how many releases were not handled."""
+    async def stop(self, seconds: float) -> None:
+        """Let what waits end for so long at most; then it gets an error, and a moment for that."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
-        while (self._tasks or self._queue) and loop.time() < end:
-            if self._tasks:
-                self._one_ended = loop.create_future()
-                await asyncio.wait([self._one_ended], timeout=max(0.0, end - loop.time()))
-            await asyncio.sleep(0)  # let what follows from that happen
-        left = self._tasks.handler_count() + len(self._queue)
+        while self._tasks and loop.time() < end:
+            self._one_ended = loop.create_future()
+            await asyncio.wait([self._one_ended], timeout=max(0.0, end - loop.time()))
         self._queue.clear()
         self._tasks.expire_all("the daemon ends")
-        for _ in range(_LAST_ROUNDS):  # they get that error, and have to be through with it
+        for _ in range(_LAST_ROUNDS):
             await asyncio.sleep(0)
-        return left
+        self._tell()
 
     def close(self) -> None:
         """Close what the script has opened; nothing of it may run after this."""
@@ -160,86 +157,80 @@ class Script:
 
     # Handlers
 
-    def busy(self) -> bool:
-        """Whether functions of the script wait, or wait to be called."""
-        return bool(self._tasks or self._queue)
-
-    def full(self) -> bool:
-        """Whether as many releases wait for their handler as may."""
-        room_again = self._limits.queue * 9 // 10  # or it would be full again at once
-        self._full = len(self._queue) > (room_again if self._full else self._limits.queue - 1)
-        return self._full
-
-    @property
-    def waiting_count(self) -> int:
-        """How many functions of the script wait, or wait to be called."""
-        return len(self._tasks) + len(self._queue)
-
-    def released(self, release: Release, directory: int | None) -> None:
-        """Call ``cgroup_released``: now, or if there is too much to do, in its turn.
-
-        While deleted() has not been called, the handler may read from DIRECTORY.
-        """
-        if self._queue or not self._may_begin():
-            self._queue.append(release)
-            self._take_turn_soon()
-            return
-        if directory is not None:
-            self._cgroups.directories[release.id.encode()] = directory
-        self._handle(release)
-
-    def deleted(self, release: Release) -> None:
-        """Forget the directory of a release."""
-        self._cgroups.directories.pop(release.id.encode(), None)
-
-    def _may_begin(self) -> bool:
-        """Whether one more handler may begin without holding up the daemon's other work."""
-        if len(self._tasks) >= self._limits.running:
-            return False
-        now = time.monotonic()
+    def handle(self, releases: list[Numbered]) -> None:
+        """Call ``cgroup_released`` for each: now, or if too many wait, in its turn."""
+        self._queue.extend(releases)
         if self._turn is None:
-            # The first since the loop came round: the turn begins, and ends when it does again.
-            self._turn_end = now + _TURN
-            self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
-        return now < self._turn_end
+            self._take_turn()
+
+    def _take_turn(self) -> None:
+        """Begin handlers, as long as not too many wait; go on later if there are many."""
+        self._turn = None
+        for _ in range(min(_TURN, len(self._queue))):
+            if len(self._tasks) >= self._limits.running:
+                break
+            self._handle(self._queue.popleft())
+        else:
+            if self._queue:
+                self._take_turn_soon()
+        self._tell()
 
     def _take_turn_soon(self) -> None:
         if self._turn is None:
             self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
 
-    def _take_turn(self) -> None:
-        """Begin the handlers that had to wait, until the turn is over."""
-        self._turn = None
-        self.calling.drop_collected()
-        while self._queue and self._may_begin():
-            self._handle(self._queue.popleft())
+    def _handle(self, release: Numbered) -> None:
+        number, fields = release.number, release.fields
+        self._begun += 1
+        self._page.begin(number)
+        try:
+            state = self._begin(number, fields[PATH], release.attempt, *fields)
+        finally:
+            self._page.enter(OURS)
+        if state in NOT_WAITING:
+            self._done.append(number)
+        else:
+            self._tasks.after(state, lambda: self._done.append(number))
 
-    def _handle(self, release: Release) -> None:
-        self._begin(release.path, *fields_of(release))
+    def _tell(self) -> None:
+        """Say how far the releases are, if there is something to be said."""
+        self.calling.drop_collected()
+        if self._begun != self._told or self._done or self._failures:
+            self._told = self._begun
+            self._acknowledge(Ack(self._begun, self._done, self._failures))
+            self._done, self._failures = [], []
 
     def _run(self, function: Any, ended: Callable[[], None], path: bytes | None = None) -> None:
         """Run a function of the script that is not about a release; then call ENDED."""
-        self._tasks.after(self._starter(function)(path), ended)
+        self._tasks.after(self._starter(function)(OURS, path), ended)
+
+    def resume(self, number: int, release: int, *outcome: Any) -> int:
+        """Run the next slice of a task, which is about a RELEASE, or OURS."""
+        self._page.enter(release)
+        try:
+            state: int = self._continue(number, *outcome)
+        finally:
+            self._page.enter(OURS)
+        return state
 
     def _task_ended(self, _: int) -> None:
         if self._one_ended is not None and not self._one_ended.done():
             self._one_ended.set_result(None)
         self._take_turn_soon()
 
-    def _suspended(self, number: int, path: bytes | None, operation: int) -> None:
-        self._tasks.suspended(number, path, self.calling.take(operation))
+    def _suspended(self, number: int, path: bytes | None, release: int, operation: int) -> None:
+        self._tasks.suspended(number, path, release, self.calling.take(operation))
 
     def _outcome(self, operation: asyncio.Future[Any]) -> Outcome:
         return self.calling.outcome(operation)
 
     def _failed(self, path: bytes | None, message: bytes) -> None:
         """Report an error of the script; called by Lua where it happened."""
-        self.failed_count += 1
-        text = one_line(message)
+        text = one_line(message[:MESSAGE_MAX])
         if path == _MAIN_CHUNK:
             self._load_error = text
         elif path is not None:
-            _log.error("%s: %s", printable(path).decode(), text)
+            self._failures.append(f"{printable(path).decode()}: {text}")
         else:
             _log.error("%s", text)
 

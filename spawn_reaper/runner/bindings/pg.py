@@ -6,11 +6,11 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from spawn_reaper.bindings.calling import Calling, Misuse, exposed
-from spawn_reaper.bindings.pg_text import NotAnArray, join_array, split_array, text_of
+from spawn_reaper.runner.bindings.calling import Calling, Misuse, exposed
+from spawn_reaper.runner.bindings.pg_text import NotAnArray, join_array, split_array, text_of
 
 if TYPE_CHECKING:
-    from spawn_reaper.bindings.database import Connection
+    from spawn_reaper.runner.bindings.database import Connection
 
 
 _CONNECTIONS_MAX: Final = 50  # a server allows 100 by default, and has other clients
@@ -41,7 +41,9 @@ class Pg:
     @exposed("string string?", returns="connection")
     def new(self, conninfo: bytes, schema: bytes | None = None) -> Connection:
         """Return a connection that connects by itself, again and again."""
-        from spawn_reaper.bindings import database  # psycopg is large, and few scripts need it
+        from spawn_reaper.runner.bindings import (
+            database,  # psycopg is large, and few scripts need it
+        )
 
         database.install(self._calling)
         self._make_room()

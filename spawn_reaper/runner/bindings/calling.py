@@ -17,6 +17,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
+from spawn_reaper.runner.confinement import end_without_memory
+
 _log = logging.getLogger(__name__)
 
 LIMIT: Final = 10.0
@@ -135,6 +137,7 @@ class Calling:
         self._objects: dict[int, Any] = {}
         self._operations: dict[int, Awaitable[Any]] = {}
         self._names: dict[type, bytes] = {}
+        self._module_count = 0
         code = Path(__file__).with_name("calling.lua").read_bytes()
         functions = self._lua.eval(b"loadstring")(code, b"=calling.lua")(
             runtime.functions, self._drop, self._block, self._describe, trace
@@ -165,6 +168,7 @@ class Calling:
     def add_module(self, name: str, owner: object) -> None:
         """Give the script a global table whose functions are OWNER's exposed methods."""
         number = self._keep(owner)
+        self._module_count += 1
         table, add = self._module(name.encode(), number)
         self._add_methods(add, type(owner))
         self._lua.globals()[name.encode()] = table
@@ -239,6 +243,8 @@ class Calling:
             return (_FAIL, str(error).encode(errors="surrogateescape"))
         if isinstance(error, Misuse):
             return raising(str(error))
+        if isinstance(error, MemoryError):
+            end_without_memory()
         _log.error("a mistake of ours", exc_info=error)
         return raising("internal error; the log has its traceback")
 
@@ -284,7 +290,8 @@ class Calling:
 
     def drop_collected(self) -> None:
         """Forget the objects that Lua has collected."""
-        self._drop_collected()
+        if len(self._objects) > self._module_count:  # the script has made some
+            self._drop_collected()
 
     def collect_garbage(self) -> None:
         """Let Lua drop the objects that the script does not refer to any more."""

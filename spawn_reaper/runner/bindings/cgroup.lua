@@ -1,28 +1,29 @@
 -- The object that cgroup_released() gets, its parents and their xattr tables.
 --
--- Called once with three functions of cgroup.py and the names of the fields that every release
+-- Called once with two functions of cgroup.py and the names of the fields that every release
 -- brings along, in their order: first TIMES of them in microseconds, up to COUNTERS those that may be
--- added up, then the others. Returns new(...), which takes those fields and what follows them, and
--- close(object), which makes everything that was got from the object stale.
+-- added up, then the others. Returns new(attempt, ...), which takes those fields and what follows them,
+-- and close(object), which makes everything that was got from the object stale.
 
-local read_pressure, read_xattr, read_parent, times, counters = ...
+local read_xattr, read_field, times, counters = ...
 
 local error, getmetatable, newproxy, setmetatable, type =
     error, getmetatable, newproxy, setmetatable, type
 local find, match, sub = string.find, string.match, string.sub
 
-local names = { select(6, ...) }
+local names = { select(5, ...) }
 local position = {}
 for i, name in ipairs(names) do
   position[name] = i
 end
 
 -- What follows the fields: the counters of "own", three pressures, the number of levels whose
--- attributes were copied, and the level, name and value of each of them.
+-- attributes were copied, the number of levels whose inodes are known, those inodes, and the level,
+-- name and value of each attribute.
 local OWN = #names
 local PRESSURES = OWN + counters
 local LEVELS = PRESSURES + 4
-local ATTRIBUTES = LEVELS + 1
+local INODES = LEVELS + 1
 
 local PRESSURE = { cpu_pressure = 1, memory_pressure = 2, io_pressure = 3 }
 
@@ -68,13 +69,18 @@ end
 
 -- LEVEL counts the parents up from the released cgroup, which is 0.
 local function copied_attribute(release, level, name)
-  local i = ATTRIBUTES
+  local i = INODES + release[INODES] + 1
   while release[i] do
     if release[i] == level and release[i + 1] == name then
       return release[i + 2]
     end
     i = i + 3
   end
+end
+
+-- Nil where it is not known: then nothing can be read.
+local function inode_of(release, level)
+  return level < release[INODES] and release[INODES + 1 + level] or nil
 end
 
 local xattr_meta = {
@@ -87,7 +93,8 @@ local xattr_meta = {
     if sub(name, 1, 5) == "user." and state.level < state.life[LEVELS] then
       return copied_attribute(state.life, state.level, name)
     end
-    return read_xattr(state.path, name)
+    local inode = inode_of(state.life, state.level)
+    return inode and read_xattr(state.path, inode, name)
   end,
   __newindex = read_only,
   __metatable = "xattr",
@@ -116,13 +123,18 @@ parent_prototype = class(function(self, key)
   elseif key == "xattr" then
     return xattr_of(state.life, state.level, state.path)
   elseif type(key) == "string" then
-    return read_parent(state.path, key)
+    local inode = inode_of(state.life, state.level)
+    return inode and read_field(state.path, inode, key)
   end
 end)
 
 local function pressure_of(state, key)
-  local value = state[PRESSURES + PRESSURE[key]] or read_pressure(state[position.id], key)
-  return value and value / 1000000
+  local value = state[PRESSURES + PRESSURE[key]]
+  if value then
+    return value / 1000000
+  end
+  local inode = inode_of(state, 0)
+  return inode and read_field(state[position.path], inode, key)
 end
 
 local function own_of(state)
@@ -146,13 +158,16 @@ local release_prototype = class(function(self, key)
     return parent_of(state, 0, state[position.path])
   elseif key == "own" then
     return own_of(state)
+  elseif key == "attempt" then
+    return state.attempt
   elseif PRESSURE[key] then
     return pressure_of(state, key)
   end
 end)
 
-local function new(...)
+local function new(attempt, ...)
   local state = { ... }
+  state.attempt = attempt
   state.life = state
   local object = newproxy(release_prototype)
   states[object] = state

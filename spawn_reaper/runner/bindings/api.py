@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from spawn_reaper.bindings import cgroup, control_client, pg, socket, sodium
-from spawn_reaper.bindings.calling import signatures_of
-from spawn_reaper.bindings.database import Connection
-from spawn_reaper.bindings.result import Result
-from spawn_reaper.lint import Api
+from spawn_reaper.runner.bindings import cgroup, control_client, pg, socket, sodium
+from spawn_reaper.runner.bindings.calling import signatures_of
+from spawn_reaper.runner.bindings.database import Connection
+from spawn_reaper.runner.bindings.result import Result
+from spawn_reaper.runner.lint import Api
 from spawn_reaper.usage import Counters
 
 
@@ -34,7 +34,7 @@ def api() -> Api:
             "cgroup": {},
         },
         fields={
-            "cgroup": dict.fromkeys(cgroup.FIELDS) | {"parent": "cgroup", "own": "own"},
+            "cgroup": dict.fromkeys(cgroup.NAMES) | {"parent": "cgroup", "own": "own"},
             "own": dict.fromkeys(Counters.__struct_fields__),
         },
     )

@@ -13,8 +13,8 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any, Final
 
-from spawn_reaper.bindings.address import Address, HostName, addresses, resolved
-from spawn_reaper.bindings.calling import LIMIT, Calling, Failure, Misuse, exposed
+from spawn_reaper.runner.bindings.address import Address, HostName, addresses, resolved
+from spawn_reaper.runner.bindings.calling import LIMIT, Calling, Failure, Misuse, exposed
 
 _TYPES: Final = {
     b"stream": socket.SOCK_STREAM,

@@ -17,9 +17,9 @@ import psycopg
 from psycopg.pq import ConnStatus, DiagnosticField, Escaping, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
-from spawn_reaper.bindings.address import BadAddress, HostName, resolve
-from spawn_reaper.bindings.calling import LIMIT, Failure
 from spawn_reaper.report import one_line
+from spawn_reaper.runner.bindings.address import BadAddress, HostName, resolve
+from spawn_reaper.runner.bindings.calling import LIMIT, Failure
 
 _CANCEL_LIMIT: Final = 5.0  # seconds for the server to end a query that was cancelled
 _DEPTH: Final = 8  # queries under way: each that is when a link breaks has failed

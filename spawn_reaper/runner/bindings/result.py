@@ -6,7 +6,7 @@ from typing import Any
 
 from psycopg.pq.abc import PGresult
 
-from spawn_reaper.bindings.calling import Calling, Misuse, exposed
+from spawn_reaper.runner.bindings.calling import Calling, Misuse, exposed
 
 
 class Result:

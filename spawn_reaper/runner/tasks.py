@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final, Protocol
 
-from spawn_reaper.bindings.calling import Outcome, Queued, raising
+from spawn_reaper.runner.bindings.calling import Outcome, Queued, raising
 
 # What a slice of a task ends with; anything else is the task's number, and it waits.
 NOT_WAITING: Final = (0, 1)  # done, or parked by itself
@@ -20,8 +20,8 @@ NOT_WAITING: Final = (0, 1)  # done, or parked by itself
 class Lua(Protocol):
     """What is needed of script.lua."""
 
-    def resume(self, number: int, *outcome: Any) -> int:
-        """Run the next slice of a task."""
+    def resume(self, number: int, release: int, *outcome: Any) -> int:
+        """Run the next slice of a task, which is about a RELEASE, or OURS."""
 
     def abandon(self, number: int) -> None:
         """Give up a task: it is not resumed any more."""
@@ -37,14 +37,16 @@ class _Task:
         "operation",
         "overdue",
         "path",
+        "release",
         "since",
         "timer",
         "told",
     )
 
-    def __init__(self, number: int, path: bytes | None, left: float) -> None:
+    def __init__(self, number: int, path: bytes | None, release: int, left: float) -> None:
         self.number = number
         self.path = path  # of the released cgroup, if it is about one
+        self.release = release  # its number
         self.left = left  # seconds
         self.ended: Callable[[], None] | None = None
         self.operation: asyncio.Future[Any] | None = None
@@ -76,11 +78,13 @@ class Tasks:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def suspended(self, number: int, path: bytes | None, operation: Awaitable[Any]) -> None:
+    def suspended(
+        self, number: int, path: bytes | None, release: int, operation: Awaitable[Any]
+    ) -> None:
         """Take note that a task begins to wait; Lua calls this just before it does."""
         task = self._tasks.get(number)
         if task is None:
-            task = self._tasks[number] = _Task(number, path, self._limit)
+            task = self._tasks[number] = _Task(number, path, release, self._limit)
         task.operation = asyncio.ensure_future(operation)
         task.operation.add_done_callback(partial(self._resume, task))
         if task.overdue:
@@ -98,10 +102,6 @@ class Tasks:
             ended()
         else:
             self._tasks[state].ended = ended
-
-    def handler_count(self) -> int:
-        """Return how many are about a release."""
-        return sum(bool(task.path) for task in self._tasks.values())
 
     def expire_all(self, reason: str) -> None:
         """End all tasks."""
@@ -140,7 +140,7 @@ class Tasks:
         else:
             outcome = self._outcome(operation)  # even if it is late: it may be an open socket
         task.operation = None
-        if self._lua.resume(task.number, *outcome) in NOT_WAITING:
+        if self._lua.resume(task.number, task.release, *outcome) in NOT_WAITING:
             self._end(task)
 
     def _end(self, task: _Task) -> None:

@@ -13,9 +13,9 @@ import struct
 from collections.abc import Awaitable
 from typing import Any, Final
 
-from spawn_reaper.bindings.address import CONTROL_PORT, Address
-from spawn_reaper.bindings.calling import Calling, Failure, Misuse, exposed
-from spawn_reaper.bindings.socket import Socket, Sockets
+from spawn_reaper.runner.bindings.address import CONTROL_PORT, Address
+from spawn_reaper.runner.bindings.calling import Calling, Failure, Misuse, exposed
+from spawn_reaper.runner.bindings.socket import Socket, Sockets
 
 _MAGIC: Final = 0x63046101
 _DATAGRAM_MAX: Final = 65507  # what UDP over IPv4 can carry

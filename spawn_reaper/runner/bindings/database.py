@@ -23,10 +23,10 @@ import psycopg
 from psycopg import conninfo as conninfos
 from psycopg.pq.abc import PGresult
 
-from spawn_reaper.bindings.calling import LIMIT, Calling, Failure, Misuse, Queued, exposed
-from spawn_reaper.bindings.link import Cancelled, Link, connect, message_of
-from spawn_reaper.bindings.pg_text import text_of
-from spawn_reaper.bindings.result import Result
+from spawn_reaper.runner.bindings.calling import LIMIT, Calling, Failure, Misuse, Queued, exposed
+from spawn_reaper.runner.bindings.link import Cancelled, Link, connect, message_of
+from spawn_reaper.runner.bindings.pg_text import text_of
+from spawn_reaper.runner.bindings.result import Result
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import binascii
 from typing import Any, Final
 
-from spawn_reaper.bindings.calling import Calling, Misuse, exposed
+from spawn_reaper.runner.bindings.calling import Calling, Misuse, exposed
 
 _RANDOM_MAX: Final = 1 << 20
 

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from spawn_reaper.bindings import address, control_client, pg, socket, sodium
-from spawn_reaper.bindings.calling import Calling
+from spawn_reaper.runner.bindings import address, control_client, pg, socket, sodium
+from spawn_reaper.runner.bindings.calling import Calling
 
 
 def install(calling: Calling) -> None:
