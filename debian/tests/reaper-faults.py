@@ -80,7 +80,7 @@ def settings_that_are_wrong() -> None:
 
 def settings_that_do_not_exist() -> None:
     SETTINGS.write_text("grase = 1\n")
-    known = "grace, handlers, log, pressure, scopes, stop, unclaimed"
+    known = "grace, handlers, log, pressure, reload, scopes, stop, unclaimed"
     fails(f"{SETTINGS}:1: grase: unknown setting; known are {known}")
     SETTINGS.unlink()
     works()

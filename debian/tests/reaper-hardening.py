@@ -7,7 +7,7 @@ import socket
 import struct
 from pathlib import Path
 
-from reaper import SERVICE, STATE, Scope, capabilities, use
+from reaper import RECORD, SERVICE, SETTINGS, STATE, Scope, capabilities, counted, releases, use
 from support import keep, wait_for
 
 PLACE = Path("/run/receivers")
@@ -133,6 +133,44 @@ def it_cannot_read_or_write_elsewhere() -> None:
         assert said == [f"{path}: {reason}"], said
 
 
+def it_has_the_surroundings_that_scripts_of_the_suite_have() -> None:
+    """Files that others can read, nice programs, and callbacks, which need executable memory."""
+    code = """
+        local ffi = require("ffi")
+        ffi.cdef("void qsort(void *, size_t, size_t, int (*)(const int *, const int *))")
+        local numbers = ffi.new("int[3]", 3, 1, 2)
+        ffi.C.qsort(numbers, 3, 4, function(a, b) return a[0] - b[0] end)
+        say(numbers[0], numbers[1], numbers[2])
+        say(io.popen("umask"):read())
+        say(io.popen("nice -n 5 nice"):read())
+    """
+    assert said_of(code) == ["1 2 3", "0022", "5"]
+
+
+def it_cannot_end_the_daemon() -> None:
+    code = 'say(os.execute("kill -9 $(cut -d\' \' -f4 /proc/$PPID/stat)") == 0 and "can" or "no")'
+    assert said_of(code) == ["no"]
+    assert (SERVICE.state, SERVICE.restarts) == ("active", 0)
+
+
+def what_it_does_not_come_back_from_costs_its_process_only() -> None:
+    SETTINGS.write_text("[handlers]\nhang = 1\n")
+    use(
+        f"{RECORD}\nlocal record = cgroup_released\nfunction cgroup_released(cgroup)\n"
+        'if cgroup.path:match("/stuck$") then os.execute("sleep 1000") end record(cgroup) end'
+    )
+    SERVICE.restart()
+    pid = SERVICE.pid
+    with Scope() as scope:
+        scope.run("stuck")
+        scope.run("job")
+        scope.wait_empty()
+        wait_for("it is handled", lambda: counted(releases())[f"{scope.path}/job"] == 1)
+    assert (SERVICE.pid, SERVICE.restarts) == (pid, 0)
+    assert "set aside" in "".join(SERVICE.journal())
+    SETTINGS.unlink()
+
+
 def it_can_keep_files_of_its_own() -> None:
     code = """
         local path = os.getenv("STATE_DIRECTORY") .. "/kept"
@@ -155,5 +193,8 @@ if __name__ == "__main__":
         it_encrypts,
         it_has_no_power_over_files_of_others,
         it_cannot_read_or_write_elsewhere,
+        it_has_the_surroundings_that_scripts_of_the_suite_have,
+        it_cannot_end_the_daemon,
+        what_it_does_not_come_back_from_costs_its_process_only,
         it_can_keep_files_of_its_own,
     )

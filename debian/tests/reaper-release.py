@@ -17,6 +17,7 @@ from reaper import (
     USER,
     Scope,
     capabilities,
+    capabilities_of,
     counted,
     cpu_usec,
     releases,
@@ -56,10 +57,17 @@ def it_runs_as_its_own_user_without_power() -> None:
         assert capabilities(status) == {
             "Inh": 0,
             "Prm": CAP_DAC_OVERRIDE,
-            "Eff": 0,
+            "Eff": CAP_DAC_OVERRIDE,
             "Bnd": CAP_DAC_OVERRIDE,
             "Amb": 0,
         }
+
+
+def its_script_runs_without_any_power() -> None:
+    (runner,) = Path(f"/proc/{SERVICE.pid}/task/{SERVICE.pid}/children").read_text().split()
+    sets = capabilities_of(int(runner))
+    assert sets.pop("Bnd") == CAP_DAC_OVERRIDE
+    assert set(sets.values()) == {0}
 
 
 def it_gives_way_to_what_earns_money() -> None:
@@ -163,6 +171,7 @@ if __name__ == "__main__":
     keep(
         it_starts_where_no_scope_is,
         it_runs_as_its_own_user_without_power,
+        its_script_runs_without_any_power,
         it_gives_way_to_what_earns_money,
         it_writes_a_line_into_the_journal,
         it_tells_the_script_the_same,

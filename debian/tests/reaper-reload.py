@@ -9,8 +9,19 @@ import socket
 import subprocess
 from pathlib import Path
 
-from reaper import RECORD, SCRIPT, SERVICE, STATE, Scope, counted, forget_releases, releases, use
-from support import keep, wait_for
+from reaper import (
+    RECORD,
+    SCRIPT,
+    SERVICE,
+    SETTINGS,
+    STATE,
+    Scope,
+    counted,
+    forget_releases,
+    releases,
+    use,
+)
+from support import attempt, keep, wait_for
 
 COLLECTOR = Path("/run/collector")
 SIZE = 4 << 20  # bytes; more than a socket takes that nobody reads from
@@ -115,6 +126,41 @@ def a_script_without_that_function_is_fine() -> None:
     assert not [line for line in SERVICE.journal()[lines:] if "reaper.lua" in line]
 
 
+def with_the_setting_the_file_is_loaded_again_or_the_reload_fails() -> None:
+    SETTINGS.write_text('reload = "script"\n')
+    load("version = 1\n" + SAYS)
+    pid = SERVICE.pid
+    try:
+        for code, version in (("version = 2\n", 2), ("version = = 3\n", 2), ("version = 4\n", 4)):
+            use(code + SAYS)
+            done = attempt("systemctl", "reload", SERVICE.name)
+            assert (done.returncode == 0) == (code != "version = = 3\n"), done.stdout
+            assert (SERVICE.state, SERVICE["SubState"], SERVICE.pid) == ("active", "running", pid)
+            assert version_that_runs() == version
+    finally:
+        SETTINGS.unlink()
+    assert f"{SCRIPT}:1: unexpected symbol near '='" in "".join(SERVICE.journal())
+
+
+SAYS = """
+function cgroup_released(cgroup)
+  local file = assert(io.open(os.getenv("STATE_DIRECTORY") .. "/version", "w"))
+  file:write(version, "\\n")
+  file:close()
+end
+"""
+
+
+def version_that_runs() -> int:
+    """Return what the script that handles releases says."""
+    file = STATE / "version"
+    file.unlink(missing_ok=True)
+    with Scope() as scope:
+        scope.run("asks")
+        wait_for("it says its version", lambda: file.exists() and file.read_text().endswith("\n"))
+    return int(file.read_text())
+
+
 if __name__ == "__main__":
     keep(
         each_reload_is_one_call,
@@ -122,4 +168,5 @@ if __name__ == "__main__":
         a_reload_that_waits_holds_up_who_asked_and_nobody_else,
         a_reload_that_fails_is_told_and_changes_nothing,
         a_script_without_that_function_is_fine,
+        with_the_setting_the_file_is_loaded_again_or_the_reload_fails,
     )
