@@ -1,5 +1,6 @@
 # make demo    show reaper and accessory at work on this machine's kernel
 # make test    linters, type checker, all tests
+# make test-long    those of the tests that can do more than in "make test": 200 kills, for example
 # make test-system    those of the tests that need a whole machine: the Debian packages in Debian 13
 # make bench   the figures, as a table and in build/bench.jsonl
 # make deb     Debian packages in build/deb, built in a clean Debian 13
@@ -21,7 +22,7 @@ MACHINE_PACKAGES := mmdebstrap debian-archive-keyring e2fsprogs cpio xz-utils qe
 
 PROGRAMS := build/libexec/cm4all-spawn-init build/libexec/cm4all-spawn-keeper
 
-.PHONY: demo test test-system check bench deb clean packages machine-packages
+.PHONY: demo test test-long test-system check bench deb clean packages machine-packages
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # apt can be run once at a time
 
@@ -31,6 +32,9 @@ demo: .venv/complete $(PROGRAMS)
 test: check $(PROGRAMS)
 	$(SUDO) env CI=$(CI) .venv/bin/python -m pytest
 	$(MAKE) test-system
+
+test-long: .venv/complete $(PROGRAMS)
+	$(SUDO) env CI=$(CI) LONG=1 .venv/bin/python -m pytest --verbose -m long
 
 test-system: .venv/complete deb | machine-packages
 	$(SUDO) .venv/bin/python -m pytest --verbose tests/system

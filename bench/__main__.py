@@ -16,6 +16,7 @@ from bench import (
     accessory_names,
     alive,
     burst,
+    delay,
     idle,
     insert,
     interrupts,
@@ -31,6 +32,7 @@ from tests.tools.native import BUILD
 _BENCHMARKS: Final[dict[str, Callable[[Site, Plan], list[Figure]]]] = {
     release.NAME: release.measure,
     burst.NAME: burst.measure,
+    delay.NAME: delay.measure,
     alive.NAME: alive.measure,
     idle.NAME: idle.measure,
     insert.NAME: insert.measure,

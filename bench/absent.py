@@ -13,9 +13,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
-from bench import proc
 from bench.daemon import (
     flush_records,
+    memory,
+    peak_memory,
     settle,
     start_reaper,
     stop,
@@ -70,7 +71,7 @@ def _run(site: Site, database: Database, count: int, settings: str) -> Outcome:
         )
         wait_for_log_line(reaper)
         settle(reaper)
-        before = proc.memory(reaper.pid).resident
+        before = memory(reaper).resident
         progress(f"{NAME}: {count} releases without a database")
         result(generate(stack, site, scope, count))
         left, gone = wait_until_gone(reaper, scope)
@@ -78,14 +79,14 @@ def _run(site: Site, database: Database, count: int, settings: str) -> Outcome:
             raise Unusable(f"the reaper left {left} of {count} cgroups behind")
         time.sleep(_ABSENCE)
         settle(reaper)
-        waiting = proc.memory(reaper.pid).resident - before
+        waiting = memory(reaper).resident - before
         flush_records(reaper, database.records)
         begun = int(database.records.read_text().split()[0])
         database.server.start()
         absence = time.monotonic() - gone
         progress(f"{NAME}: {begun} handlers wait, {waiting / 1e6:.1f} MB; the database is back")
         rows = wait_for_rows(reaper, database, count)
-        most = proc.peak_memory(reaper.pid) - before
+        most = peak_memory(reaper) - before
         stop(reaper)
     return Outcome(begun, waiting, most, absence, database.rate(), rows)
 

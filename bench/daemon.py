@@ -81,23 +81,35 @@ def start_reaper(
     """Start a reaper for SCOPE; SETTINGS are lines of TOML. STACK ends it."""
     config = site.folder / "reaper.toml"
     config.write_text(settings)
-    inherited = {k: v for k, v in os.environ.items() if k not in _SERVICE_VARIABLES}
     log = Drain(stack, READY_LINE, OVERFLOW_LINE, TRACEBACK_LINE)
     started = time.monotonic()
     process = start(
         stack,
-        [
-            *(sys.executable, "-m", "spawn_reaper"),
-            *("--cgroup-root", site.mount),
-            *("--scope", f"/{scope.relative_to(site.mount)}"),
-            *("--lua", script),
-            *("--config", config),
-        ],
+        reaper_command(site, scope, script, config),
         stderr=log.give_away(),
-        environment=inherited | dict(environment or {}),
+        environment=reaper_environment(environment or {}),
     )
     log.given()
     return Reaper(process, log, started)
+
+
+def reaper_command(
+    site: Site, scope: Path, script: Path, config: Path
+) -> list[str | os.PathLike[str]]:
+    """Return the command of a reaper of SCOPE."""
+    return [
+        *(sys.executable, "-m", "spawn_reaper"),
+        *("--cgroup-root", site.mount),
+        *("--scope", f"/{scope.relative_to(site.mount)}"),
+        *("--lua", script),
+        *("--config", config),
+    ]
+
+
+def reaper_environment(further: Mapping[str, str]) -> dict[str, str]:
+    """Return our environment with FURTHER variables, and without a service manager's."""
+    inherited = {k: v for k, v in os.environ.items() if k not in _SERVICE_VARIABLES}
+    return inherited | dict(further)
 
 
 @contextmanager
@@ -162,6 +174,11 @@ def used(reaper: Reaper) -> proc.Cpu:
 def memory(reaper: Reaper) -> proc.Memory:
     """Return how much memory its processes have."""
     return proc.total_memory(map(proc.memory, reaper.pids))
+
+
+def peak_memory(reaper: Reaper) -> int:
+    """Return the most resident memory in bytes that each of its processes ever had, added up."""
+    return sum(map(proc.peak_memory, reaper.pids))
 
 
 def settle(reaper: Reaper, patience: float = _PATIENCE) -> proc.Cpu:

@@ -22,6 +22,7 @@ class Plan:
     asked: int  # requests of one kind in a round
     asking: int  # seconds for which clients ask in a round
     names: int
+    delayed: int  # jobs
 
 
 FULL: Final = Plan(
@@ -37,6 +38,7 @@ FULL: Final = Plan(
     asked=500,
     asking=3,
     names=5_000,
+    delayed=100,
 )
 QUICK: Final = Plan(
     "quick",
@@ -51,4 +53,5 @@ QUICK: Final = Plan(
     asked=200,
     asking=1,
     names=500,
+    delayed=20,
 )
