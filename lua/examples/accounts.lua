@@ -13,7 +13,8 @@
 --   systemctl reload cm4all-spawn-reaper     (prints the sums)
 --   journalctl -u cm4all-spawn-reaper -o cat | grep -P '^total\t'
 --
--- The sums live in this script's memory: a restart of the daemon begins anew, the lines remain.
+-- The sums live in this script's memory: they begin anew when the daemon is restarted, or when the
+-- script's process is replaced. The lines remain; one that is there twice has the same id.
 
 -- A cgroup's name may hold any byte but NUL, newline and "/", an attribute any byte at all. Written
 -- as they are, a tab would forge a field and a newline a line. So these (and all that is not ASCII,
@@ -73,9 +74,8 @@ function cgroup_released(cgroup)
     total.memory_peak = memory_peak
   end
 
-  -- A remainder is the CPU time that passed between a cgroup's record and its deletion: some
-  -- microseconds more of what was here a moment ago. It must be paid for, but nothing else was
-  -- released.
+  -- A remainder is the CPU time that was used between a cgroup's record and its deletion: a bit
+  -- more of what was here a moment ago. It must be paid for, but nothing else was released.
   local kind = "remainder"
   if not cgroup.remainder then
     kind = "released"
@@ -88,7 +88,7 @@ function cgroup_released(cgroup)
     "path=" .. field(cgroup.path),
     "cpu=" .. number("%.6f", cpu),
     "memory_peak=" .. number("%.0f", memory_peak),
-    "id=" .. cgroup.id, -- differs for each line: whoever reads one twice can tell
+    "id=" .. cgroup.id, -- differs for each call: whoever reads one twice can tell
   }, "\t"))
 end
 

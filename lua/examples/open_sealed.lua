@@ -6,8 +6,8 @@
 --       prints the records, one JSON object in each line
 --
 -- A line that does not open (torn, of another key, or changed on the way) is reported and left out.
--- One run may take 5 s of CPU time; "cpu" in the section [handlers] of a file for --config allows
--- more.
+-- One run may take 5 s of CPU time, and a minute altogether; "cpu" and "time" in the section
+-- [handlers] of a file for --config allow more.
 
 local secret_key = os.getenv("SECRET_KEY")
 

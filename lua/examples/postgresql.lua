@@ -12,8 +12,9 @@
 local conninfo = os.getenv("CONNINFO") or "dbname=accounting"
 local schema = os.getenv("DATABASE_SCHEMA") or "reaper"
 
--- When the connection breaks during a query, nobody can tell whether it was carried out. It is safe
--- to repeat this one: it counts an id once.
+-- When the connection breaks during a query, nobody can tell whether it was carried out, and when
+-- the script's process is replaced, handlers that wait begin again. It is safe to repeat this query:
+-- it counts an id once.
 local attempts = 3
 
 local db = pg:new(conninfo, schema)

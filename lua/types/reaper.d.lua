@@ -15,9 +15,10 @@
 --   ---@param cgroup reaper.cgroup
 --   function cgroup_released(cgroup)
 --
--- "Suspends" means that the running handler is suspended until there is a result, while the daemon
--- and other handlers go on. Below require, dofile, or a callback of string.gsub or table.sort,
--- where Lua cannot suspend anything, the whole daemon waits (and db:execute raises).
+-- "Suspends" means that the running handler is suspended until there is a result, while other
+-- handlers go on. Below require, dofile, or a callback of string.gsub or table.sort, where Lua
+-- cannot suspend anything, all of the script waits (and db:execute raises). The daemon, whose
+-- process is another one, goes on in any case.
 --
 -- Every function raises an error for an argument of a wrong type, and for too many of them.
 
@@ -26,13 +27,17 @@
 ---Called for every released cgroup, in a coroutine of its own. What the script assigned to this
 ---name when its main chunk has ended is what is called; a later assignment changes nothing.
 ---
+---If the script's process ends before the handler has ended, it begins again in the next one, with
+---the same id: what it does should be repeatable.
+---
 ---When it ends, the object and all objects got from it become stale: touching them raises
 ---"Stale object".
 ---@param cgroup reaper.cgroup
 function cgroup_released(cgroup) end
 
 ---Called for SIGHUP, in a coroutine of its own; once more after it has ended, if a signal came
----while it was running. Optional; it is looked up each time, so it may be assigned later.
+---while it was running. Optional; it is looked up each time, so it may be assigned later. Not called
+---with the setting reload = "script": then the file is loaded again, in another process.
 function reload() end
 
 -- cgroup
@@ -56,7 +61,7 @@ function reload() end
 ---@field io_write_operations? integer over all devices
 
 ---A cgroup above the released one. It is usually still alive: its numbers are read when they are
----asked for, and nil when it is gone. Read-only.
+---asked for, and nil when it is gone, also if another one has got its name. Read-only.
 ---
 ---Numbers are those of the kernel: they include what the cgroup's children used, also of those that
 ---are deleted. Only reaper.cgroup.own may be added up over cgroups.
@@ -75,12 +80,12 @@ function reload() end
 
 ---A released cgroup. Its numbers and attributes are those of the moment of the release.
 ---
----The three pressures are nil in a handler that had to wait for its turn, and after the first
----suspension, unless the setting "pressure" is on: then the cgroup is deleted.
+---The three pressures are nil when the script was behind, after the first suspension, and when the
+---call begins again, unless the setting "pressure" is on: then the cgroup is deleted.
 ---@class reaper.cgroup: reaper.parent
----@field id string unique for each call; plain ASCII
+---@field id string unique for each call, the same when it begins again; plain ASCII
 ---@field own reaper.counters a new table of what was not reported before: may be added up
----@field attempt integer 1, or more if the script's process ended during an earlier attempt
+---@field attempt integer 1, and one more each time that it begins again
 ---@field remainder boolean CPU time used between an earlier call and the deletion
 
 ---Extended attributes. "account" reads user.account, a key with a dot is the whole name. nil for
