@@ -68,7 +68,8 @@ def _parse_arguments() -> argparse.Namespace:
         prog=PROGRAM,
         description="Watch cgroup v2 scopes; when a cgroup runs empty, log what it used, "
         "call the Lua function cgroup_released, and delete it.",
-        epilog="SIGHUP calls the Lua function reload. SIGTERM, SIGINT and SIGQUIT end the daemon.",
+        epilog="SIGHUP calls the Lua function reload, or loads the script again, see the settings. "
+        "SIGTERM, SIGINT and SIGQUIT end the daemon.",
     )
     parser.add_argument(
         "--cgroup-root",

@@ -169,7 +169,10 @@ class Supervisor:
             return None, f"cannot start a process for the script: {error.strerror}"
         running = self._others[process] = _Running(process)
         problem = await running.loaded
-        return (None if problem else running), problem
+        if problem:
+            process.kill("its script cannot be used")
+            return None, problem
+        return running, ""
 
     def _use(self, running: _Running) -> None:
         """Let a runner have the releases."""
@@ -268,8 +271,11 @@ class Supervisor:
         await asyncio.sleep(pause)
         while self._current is None and not self._closed:
             running, problem = await self._load()
-            if running is not None and self._current is None:
-                self._use(running)
+            if running is not None:
+                if self._current is None:
+                    self._use(running)
+                else:  # a reload was faster
+                    running.process.kill("it is not needed")
                 return
             if problem != self._problem:
                 _log.error("no script runs: %s", problem)

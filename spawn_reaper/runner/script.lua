@@ -57,6 +57,7 @@ local INSTRUCTIONS = 997 -- between two looks at the limits; a prime, so that lo
 local OURS = { ["=script.lua"] = true, ["=calling.lua"] = true, ["=cgroup.lua"] = true }
 local limited = false -- a handler runs, and not our own work for it
 local strict = false -- the hook runs at every instruction
+local exceeded = false -- a limit was, in this slice
 local cpu_end = 0
 
 local check
@@ -82,11 +83,13 @@ check = function()
     end
   elseif late then
     -- From now on every instruction of the script fails, so that no pcall in it can go on.
+    exceeded = true
     every(1)
     error(placed(format("used more than %g s of CPU time", cpu_limit)), 0)
   elseif used_too_much_memory() then
     collectgarbage()
     if used_too_much_memory() then
+      exceeded = true
       error(placed(format("used more than %g MB of memory", memory_limit / 1000000)), 0)
     end
   elseif strict then
@@ -98,7 +101,7 @@ end
 every(INSTRUCTIONS)
 
 local function unlimit()
-  limited = false
+  limited, exceeded = false, false
   if strict then
     every(INSTRUCTIONS)
   end
@@ -107,7 +110,7 @@ end
 -- The script's message handlers do not run for what a limit has ended: no hook reaches into them.
 globals.xpcall = function(body, handler, ...)
   return xpcall(body, function(...)
-    if strict then
+    if exceeded then
       return (...)
     end
     return handler(...)

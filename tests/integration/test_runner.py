@@ -72,10 +72,15 @@ def script_with(mistake: str, handler: str = HANDLER) -> str:
     return PREAMBLE.replace("MISTAKE", mistake) + RECORD.read_text() + handler
 
 
+def children_of(reaper: Reaper) -> list[int]:
+    """Return the process ids of the reaper's children, which are runners."""
+    children = Path(f"/proc/{reaper.pid}/task/{reaper.pid}/children").read_text()
+    return list(map(int, children.split()))
+
+
 def runner_of(reaper: Reaper) -> int:
     """Return the process id of the runner, 0 if there is none now."""
-    children = Path(f"/proc/{reaper.pid}/task/{reaper.pid}/children").read_text().split()
-    return int(children[0]) if children else 0
+    return next(iter(children_of(reaper)), 0)
 
 
 def counted(reaper: Reaper) -> Counter[str]:
@@ -294,6 +299,7 @@ USER = "65433"
 # Ends of processes
 
 
+@pytest.mark.long
 def test_nothing_is_lost_when_runners_are_killed_under_load(host: Host, scope: Cgroup) -> None:
     reaper = host.reaper(scope)
     kills, jobs = extent(15, 200), extent(3000, 40_000)
@@ -356,6 +362,7 @@ def test_a_successor_handles_within_half_a_second(host: Host, scope: Cgroup) -> 
     assert best < 0.5
 
 
+@pytest.mark.long
 def test_ending_does_not_wait_for_thousands_that_wait(host: Host, scope: Cgroup) -> None:
     script = """
     local db = pg:new("host=/nonexistent")
@@ -414,6 +421,7 @@ def test_a_script_that_does_not_load_any_more_is_told_and_reaping_goes_on(
     assert logged(reaper)["job"] == 1
     script.write_text(RECORD.read_text())
     wait_for("it is handled", lambda: counted(reaper)["job"] == 1)
+    wait_for("only that runner is left", lambda: len(children_of(reaper)) == 1)
     reaper.stop()
 
 
@@ -433,6 +441,7 @@ def test_a_reload_can_run_the_file_as_it_is_then(host: Host, scope: Cgroup) -> N
         reaper.wait_notification("READY=1", number)
         scope.make(f"job-{code[0]}").run()
         wait_for("it is handled", partial(has_printed, reaper, number - 1))
+    wait_for("only that runner is left", lambda: len(children_of(reaper)) == 1)
     reaper.stop()
     assert reaper.output() == ["2\tjob-2", "2\tjob-e", "3\tjob-3"]
     assert said(reaper, f"{script}:2: no; the script that runs is kept") == 1
