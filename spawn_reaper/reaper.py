@@ -39,10 +39,8 @@ _log = logging.getLogger(__name__)
 # kernel itself merges what happens to a cgroup within 10 ms; a watch placed that late still fires.
 _TICK: Final = 0.01
 _POLL: Final = 2.0  # seconds between looks at what cannot be watched
-_CHUNK: Final = 64  # cgroups whose descriptors are open at the same time
 _FLUSH: Final = 8  # cgroups in a batch for which flushing the scope's statistics is worth it
-_BATCH: Final = 256  # cgroups after which events are read again
-_CHUNKS: Final = 2  # that hooks may look at while others are read
+_BATCH: Final = 64  # cgroups whose descriptors are open at the same time
 _SCAN: Final = 3.0  # seconds from one scan of everything to the next
 _FULL: Final = 32768  # bytes of events that say that there are more
 _HOLD: Final = 0.1  # seconds until the hooks are asked again whether they have room
@@ -92,9 +90,9 @@ class Reaper:
         self._holding = False  # releases, since the hooks are full
         self._started = False
         self._stopped = False
-        self._settling: dict[int, list[Opened]] = {}  # chunks that a hook may look at, by number
-        self._chunk_count = 0
-        self._full = False  # nothing more is read until one of those chunks is deleted
+        self._settling: dict[int, list[Opened]] = {}  # what a hook may look at, by number
+        self._level_count = 0
+        self._delayed = False  # something may be due, but is not looked at until those are deleted
         self._timer: asyncio.TimerHandle | None = None
         self._timer_end = math.inf
         self._poll_timer: asyncio.TimerHandle | None = None
@@ -124,8 +122,7 @@ class Reaper:
         for timer in (self._timer, self._poll_timer, self._scan_timer):
             if timer is not None:
                 timer.cancel()
-        for number in list(self._settling):
-            self._finish_chunk(number)
+        self._finish_all()
         for scope in self._tree.scopes.values():
             save_baselines(scope)
         self._tree.close()
@@ -272,6 +269,7 @@ class Reaper:
 
     def emptied(self, scope: Scope) -> None:
         """Hurry: the service manager is about to delete everything in the scope."""
+        self._loop.call_soon(self._finish_all)
         soon = _next_tick(self._now + self._grace)
         for cgroup in scope.root.descendants():
             # What has not been used yet, and is known to be so, is left to its spawner.
@@ -299,8 +297,8 @@ class Reaper:
         self._timer = None
         self._timer_end = math.inf
         self._now = time.monotonic()
-        if len(self._settling) >= _CHUNKS:
-            self._full = True  # until one of them is finished: each keeps descriptors open
+        if self._settling:
+            self._delayed = True  # what is recorded, and not deleted yet, a kill would record again
             return
         if self._must_hold():
             batch = self._in_danger()
@@ -349,15 +347,13 @@ class Reaper:
         for cgroup in cgroups:
             levels.setdefault(_depth(cgroup), []).append(cgroup)
         for depth in sorted(levels, reverse=True):
-            level = levels[depth]
-            for start in range(0, len(level), _CHUNK):
-                self._settle_chunk(level[start : start + _CHUNK])
+            self._settle_level(levels[depth])
 
-    def _settle_chunk(self, cgroups: list[Cgroup]) -> None:
+    def _settle_level(self, cgroups: list[Cgroup]) -> None:
         """Record what can be released; it is deleted when the hooks have had a look at it."""
         settled: list[Opened] = []
-        self._chunk_count += 1
-        number = self._chunk_count
+        self._level_count += 1
+        number = self._level_count
         self._settling[number] = settled
         try:
             for cgroup in cgroups:
@@ -366,14 +362,20 @@ class Reaper:
             self._report(settled)
             self._hand_over(
                 [opened.release for opened in settled if opened.release],
-                partial(self._finish_chunk, number),
+                partial(self._finish_level, number),
             )
         except Exception:
             self._interrupted(cgroups)
-            self._close_chunk(number)
+            self._close_level(number)
+        if not all(opened.cgroup.scope.populated for opened in settled):
+            self._finish_level(number)  # there are others to be read before they go
 
-    def _finish_chunk(self, number: int) -> None:
-        """Delete the cgroups of a chunk, unless that was done before."""
+    def _finish_all(self) -> None:
+        for number in list(self._settling):
+            self._finish_level(number)
+
+    def _finish_level(self, number: int) -> None:
+        """Delete cgroups that were recorded together, unless that was done before."""
         settled = self._settling.get(number)
         if settled is None:
             return
@@ -383,9 +385,9 @@ class Reaper:
         except Exception:
             self._interrupted([opened.cgroup for opened in settled])
         finally:
-            self._close_chunk(number)
-            if self._full:
-                self._full = False
+            self._close_level(number)
+            if self._delayed and not self._settling:
+                self._delayed = False
                 self._arm()
 
     def _interrupted(self, cgroups: list[Cgroup]) -> None:
@@ -395,7 +397,7 @@ class Reaper:
             if not cgroup.gone:
                 self._look_at(self._now + _RETRY, cgroup)
 
-    def _close_chunk(self, number: int) -> None:
+    def _close_level(self, number: int) -> None:
         for opened in self._settling.pop(number, ()):
             opened.cgroup.settling = False
             opened.close()

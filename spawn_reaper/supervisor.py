@@ -27,7 +27,7 @@ _OUTPUT: Final = (1, 2)
 _OFTEN: Final = 4  # runners that may end in a row, having done little, before the next has to wait
 _LITTLE: Final = 10  # releases
 _FIRST_DELAY: Final = 0.25  # seconds
-_LONGEST_DELAY: Final = 30.0
+_LONGEST_DELAY: Final = 5.0
 
 Done = Callable[[str], None]
 """Is called when a reload is complete, with what is wrong, or nothing."""

@@ -14,7 +14,7 @@ import pytest
 
 from tests.tools.harness import Cgroup, Host, wait_for
 from tests.tools.native import ROOT
-from tests.tools.standing import readable_to_all
+from tests.tools.standing import REAPER, Command, readable_to_all
 
 PROGRAM = Path(sys.executable).with_name("cm4all-spawn-reaper")
 
@@ -152,6 +152,38 @@ def test_what_cannot_be_tried_is_named(
     (tmp_path / "r.json").write_text(release)
     result = run("--try", "r.json", "--lua", "s.lua", directory=tmp_path)
     assert problems(result)[0].startswith(problem)
+
+
+WAITS = """
+local db = pg:new("host=/nonexistent")
+AT_ONCE
+function cgroup_released(cgroup) db:execute("SELECT 1") end
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "option", "said"),
+    [
+        ('db:execute("SELECT 1")', "--check", ["s.lua:3: ran longer than 0.5 s"]),
+        ('db:execute("SELECT 1")', "--try=r.json", ["s.lua:3: ran longer than 0.5 s"]),
+        ("", "--check", []),
+        ("", "--try=r.json", []),
+    ],
+    ids=["check, at the start", "try, at the start", "check", "try"],
+)
+def test_check_and_try_end_while_a_database_is_away_and_leave_no_process(
+    host: Host, code: str, option: str, said: list[str]
+) -> None:
+    command = Command(REAPER, host)
+    (command.directory / "s.lua").write_text(WAITS.replace("AT_ONCE", code))
+    (command.directory / "r.json").write_text("{}")
+    command.settings.write_text("[handlers]\ntime = 0.5\n")
+    result = command.run(option, "--lua", "s.lua")
+    assert command.problems(result.stderr) == said
+    assert (result.returncode == 0) == (option == "--check" and not said)
+    if not said and option != "--check":
+        assert re.search(r"^cgroup_released: still waiting after .* s, ended$", result.stdout, re.M)
+    wait_for("nothing of it runs", command.is_gone)
 
 
 RUNNING = [

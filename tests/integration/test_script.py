@@ -308,6 +308,38 @@ def test_pressure_is_nil_once_the_directory_is_gone(host: Host, scope: Cgroup) -
     assert reaper.output() == ["nil\ttrue\talice"]
 
 
+def test_nothing_is_read_of_another_cgroup_that_has_got_the_same_name(
+    host: Host, scope: Cgroup
+) -> None:
+    """The handler goes on when both NAME and NAME/job are others than those of its release."""
+    script = """
+    local parked
+    function cgroup_released(c)
+      if c.path:match("/name/job$") and not parked then
+        parked = coroutine.running()
+        print(type(c.cpu_pressure), type(c.parent.cpu_total), c.parent.xattr["user.none"])
+        coroutine.yield()
+        print(c.cpu_pressure, c.parent.cpu_total, c.parent.xattr["user.account"],
+          c.parent.parent.path, type(c.parent.parent.cpu_total))
+      elseif c.path:match("/go$") then
+        coroutine.resume(parked)
+      end
+    end
+    """
+    reaper = host.reaper(scope, script=script)
+    scope.make("name", account=b"alice")
+    run_jobs(scope, reaper, "name/job")
+    scope.make("name", account=b"bob")
+    again = scope.make("name/job").start()
+    scope.make("go").run()
+    wait_for("it went on", partial(has_printed, reaper, 2))
+    again.kill()
+    again.wait()
+    reaper.stop()
+    path = host.path_of(scope)
+    assert reaper.output() == ["number\tnumber\tnil", f"nil\tnil\talice\t{path}\tnumber"]
+
+
 @contextmanager
 def busy_server() -> Iterator[tuple[str, socket.socket]]:
     """Yield address and socket of a server with no room for one more connection."""
