@@ -167,7 +167,7 @@ def what_it_does_not_come_back_from_costs_its_process_only() -> None:
         scope.wait_empty()
         wait_for("it is handled", lambda: counted(releases())[f"{scope.path}/job"] == 1)
     assert (SERVICE.pid, SERVICE.restarts) == (pid, 0)
-    assert "set aside" in "".join(SERVICE.journal())
+    wait_for("it is set aside", lambda: "set aside" in "".join(SERVICE.journal()))
     SETTINGS.unlink()
 
 
