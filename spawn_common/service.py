@@ -8,59 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import operator
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 
 from spawn_common.notify import notifier
 from spawn_common.standalone import Standing
-
-
-class _Signals:
-    """Tells of signals in the event loop: each kind once, however often it came.
-
-    Not the loop's own handlers: they queue each signal in a pipe, and a storm of one kind that
-    fills it would swallow the others. And no Python code in the handler: under a storm it would be
-    interrupted by the next signal, and that again, up to a RecursionError in whatever was running.
-    So the handler is a C function that notes the signal's number, and the pipe only wakes us up.
-    """
-
-    _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1)
-
-    def __init__(self, tell: Callable[[Iterable[int]], None]) -> None:
-        self._tell = tell
-        self._came: dict[int, object] = {}
-        self._loop = asyncio.get_running_loop()
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-        self._loop.add_reader(self._reader, self._wake_up)
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in self._NUMBERS:
-            signal.signal(number, functools.partial(operator.setitem, self._came))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._NUMBERS)
-
-    def _wake_up(self) -> None:
-        with suppress(BlockingIOError):
-            self._reader.recv(65536)
-        numbers = list(self._came)
-        for number in numbers:
-            self._came.pop(number)
-        self._tell(numbers)
-
-    def close(self) -> None:
-        """Ignore these signals from now on."""
-        for number in self._NUMBERS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.set_wakeup_fd(-1)
-        self._loop.remove_reader(self._reader)
-        self._reader.close()
-        self._writer.close()
-
 
 Told = Callable[[str], None]
 """Is told that a reload is complete, and what is wrong: nothing, if all is well."""
@@ -92,7 +46,7 @@ class Service:
         self._reload_wanted = False
         self._loop = asyncio.get_running_loop()
         self._notify = notifier()
-        self._signals = _Signals(self._signalled)
+        standing.signals.serve(self._signalled)
 
     def starting(self, what: str) -> None:
         """Tell what the start is waiting for."""
@@ -117,7 +71,7 @@ class Service:
 
     def close(self) -> None:
         """Ignore signals from now on: the process is about to end."""
-        self._signals.close()
+        self._standing.signals.ignore()
 
     async def stopped(self) -> None:
         """Wait until the daemon shall end."""

@@ -10,17 +10,17 @@ import argparse
 import errno
 import logging
 import os
-import signal
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from spawn_common.command import Unusable, complain, problem
 from spawn_common.pidfile import AlreadyLocked, PidFile
 from spawn_common.privileges import Account, become, find_account
+from spawn_common.signals import Signals
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 class Standing:
     """What was arranged for a daemon; without an option, nothing."""
 
-    def __init__(self, log: _LogFile | None) -> None:
+    def __init__(self, signals: Signals, log: _LogFile | None) -> None:
+        self.signals = signals
         self._log = log
         self._waiting: int | None = None  # a pipe to who waits in the foreground
         self._terminal: int | None = None  # standard error as it was
@@ -115,48 +116,54 @@ class Standing:
         from daemon import DaemonContext
 
         reader, self._waiting = os.pipe()
-        # From here on all that we hold is the child's: Ctrl-C must not make us give it back.
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
-        with problem("cannot go into the background"):
-            child = os.fork()
-        if child:
-            os.close(self._waiting)
-            with suppress(KeyboardInterrupt):
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
-                if os.read(reader, 1):
-                    os._exit(0)
-            os._exit(1)
-        for name in OF_OTHERS:
-            os.environ.pop(name, None)
-        if self._terminal is not None:
-            keep = [*keep, self._terminal]
-        DaemonContext(
-            detach_process=True,
-            files_preserve=[*keep, self._waiting],
-            stdout=sys.stdout,
-            stderr=sys.stderr,
-            umask=_UMASK,
-            working_directory="/",
-            prevent_core=False,
-            signal_map={},
-        ).open()
+        # What we hold is the last child's: no signal must make one of us others give it back.
+        with self.signals.held():
+            with problem("cannot go into the background"):
+                child = os.fork()
+            if child:
+                os.close(self._waiting)
+                self._end_with(reader)
+            for name in OF_OTHERS:
+                os.environ.pop(name, None)
+            if self._terminal is not None:
+                keep = [*keep, self._terminal]
+            DaemonContext(
+                detach_process=True,
+                files_preserve=[*keep, self._waiting],
+                stdout=sys.stdout,
+                stderr=sys.stderr,
+                umask=_UMASK,
+                working_directory="/",
+                prevent_core=False,
+                signal_map={},
+            ).open()
+
+    def _end_with(self, reader: int) -> NoReturn:
+        """End as soon as the daemon is ready or has ended, or when we are told to."""
+        with suppress(SystemExit):
+            self.signals.release()
+            if os.read(reader, 1):
+                os._exit(0)
+        os._exit(1)
 
 
 @contextmanager
 def standing_alone(program: str, arguments: argparse.Namespace) -> Iterator[Standing]:
     """Do what the options ask for; Unusable if that is impossible."""
-    # A signal may come before there is a handler, from who has read the pid file. Service unblocks.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1))
+    signals = Signals()
     account = _account(arguments)
     if arguments.detach:  # the working directory will be another
         for name, value in vars(arguments).items():
             if isinstance(value, Path):
                 setattr(arguments, name, value.absolute())
     with ExitStack() as exits:
-        pid_file = exits.enter_context(_lock(arguments.pid_file)) if arguments.pid_file else None
+        pid_file: PidFile | None = None
+        if arguments.pid_file:
+            with signals.held():
+                pid_file = exits.enter_context(_lock(arguments.pid_file))
         log = _LogFile(arguments.log_file, account) if arguments.log_file else None
         # Who waits for it is released when the process has ended: then he has been told why.
-        standing = Standing(log)
+        standing = Standing(signals, log)
         standing.keep_terminal()
         if log is not None:
             log.open()
@@ -164,7 +171,8 @@ def standing_alone(program: str, arguments: argparse.Namespace) -> Iterator[Stan
             if arguments.detach:
                 standing.detach([pid_file.fileno()] if pid_file else [])
             if pid_file is not None:
-                _write(pid_file, arguments.pid_file)
+                with problem(str(arguments.pid_file)):  # on a full disk, say
+                    pid_file.write()
             if account is not None:
                 _become(account, arguments)
             yield standing
@@ -202,13 +210,6 @@ def _lock(path: Path) -> PidFile:
             return PidFile(path)
     except AlreadyLocked as error:
         raise Unusable(str(error)) from None
-
-
-def _write(pid_file: PidFile, path: Path) -> None:
-    # From now on we may be told to end, before there is a handler, too. Service unblocks.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT))
-    with problem(str(path)):  # on a full disk, say
-        pid_file.write()
 
 
 class _LogFile:

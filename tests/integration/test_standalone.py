@@ -47,7 +47,11 @@ def starting(command: Command, *options: str | Path, **how: object) -> Iterator[
     os.mkfifo(fifo := command.directory / "fifo")
     options = (*options, "--pid-file", command.pid_file, "--config", fifo)
     with command.start(*options, **how) as process:
-        yield Starting(command, process, fifo)
+        try:
+            yield Starting(command, process, fifo)
+        except BaseException:
+            process.kill()  # else it would be waited for
+            raise
 
 
 class Starting:
@@ -636,6 +640,65 @@ def test_a_signal_to_end_as_soon_as_the_pid_file_is_there_is_a_good_end(
         assert command.problems(start.process.stderr.read()) == []
     wait_for("nothing of it runs", command.is_gone)
     assert not command.pid_file.exists()
+
+
+@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize(
+    ("options", "expected"), [([], 0), (["--detach"], 1)], ids=["foreground", "background"]
+)
+def test_a_signal_to_end_ends_a_start_that_would_wait_for_ever(
+    command: Command, options: list[str], expected: int, number: signal.Signals
+) -> None:
+    with starting(command, *options) as start:
+        wait_for("it waits", partial(waits_in, "wait_for_partner", start.pid))  # fifo(7)
+        os.kill(start.pid, number)
+        assert start.result() == expected
+        assert start.process.stderr is not None
+        assert start.process.stderr.read() == ""
+    wait_for("nothing of it runs", command.is_gone)
+    assert not command.pid_file.exists()
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["at-once", "waiting"])
+def test_several_signals_to_end_do_not_disturb_each_other(command: Command, waits: bool) -> None:
+    with starting(command) as start:
+        if waits:
+            wait_for("it waits", partial(waits_in, "wait_for_partner", start.pid))
+        for number in (signal.SIGSTOP, *ENDING, signal.SIGCONT):
+            os.kill(start.pid, number)
+        assert start.result() == 0
+        assert start.process.stderr is not None
+        assert start.process.stderr.read() == ""
+    assert not command.pid_file.exists()
+
+
+def test_a_start_whose_waiting_command_is_told_to_end_fails(command: Command) -> None:
+    with starting(command, "--detach") as start:
+        start.process.terminate()
+        assert start.result() == 1
+        start.go_on()
+    wait_for("nothing of it runs", command.is_gone)
+    assert not command.pid_file.exists()
+
+
+@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("how", ["ignore", "block"])
+def test_what_the_caller_ignores_or_blocks_the_daemon_does_not(
+    command: Command, how: str, number: signal.Signals
+) -> None:
+    command.wrapper = ["env", f"--{how}-signal"]  # all that can be
+    if command.program == REAPER:
+        (command.directory / "system.lua").write_text('print("true: " .. os.execute("true"))')
+        command.arguments += ["--lua", "system.lua"]
+    pid = command.detach("--log-file", command.log_file)
+    command.check_that_it_works()
+    command.log_file.rename(command.directory / "daemon.log.1")
+    os.kill(pid, signal.SIGUSR1)
+    wait_for("it opens its log again", command.log_file.exists)
+    command.end(pid, number)
+    assert not command.pid_file.exists()
+    if command.program == REAPER:
+        assert "true: 0\n" in (command.directory / "daemon.log.1").read_text()
 
 
 WAITING = """
