@@ -13,6 +13,7 @@ import operator
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
@@ -41,6 +42,9 @@ class Signals:
     def _unwind(self, *_: object) -> None:
         if not self._unwinds:  # a second exception would interrupt what the first one cleans up
             self._unwinds = True
+            # Finalizers may complain of what it interrupts, such as a loop that is half made.
+            warnings.simplefilter("ignore")
+            sys.unraisablehook = lambda _: None
             sys.exit(0)
 
     def hold(self) -> None:

@@ -32,5 +32,4 @@ def test_a_signal_whose_exception_is_swallowed_during_the_start_is_told_later() 
     ended = subprocess.run(
         [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False, timeout=30
     )
-    assert (ended.returncode, ended.stdout) == (0, "told\n")
-    assert "SystemExit" in ended.stderr
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "told\n", "")
