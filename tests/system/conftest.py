@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from tests.system.job import Job, Outcome
 
+HERE = Path(__file__).parent
 AT_A_TIME = 2
+SECONDS = 1800.0  # for a test, which may be the one that waits for all images and all jobs
 
 Outcomes = dict[str, Future[Outcome]]
 
@@ -41,6 +44,9 @@ def outcome(request: pytest.FixtureRequest, outcomes: Outcomes, job: Job) -> Out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put what runs in the foreground behind what runs in the background: not both at a time."""
     items.sort(key=lambda item: _job(item) is None)
+    for item in items:
+        if item.path.parent == HERE:
+            item.add_marker(pytest.mark.timeout(SECONDS))
 
 
 def _job(item: pytest.Item) -> Job | None:

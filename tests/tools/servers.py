@@ -179,7 +179,7 @@ def isolated(test: Callable[[], None]) -> None:
         except BaseException as error:
             problems.append(error)
 
-    thread = threading.Thread(target=body)
+    thread = threading.Thread(target=body, daemon=True)  # should it hang, nobody waits for it
     thread.start()
     thread.join()
     if problems:
