@@ -1,6 +1,8 @@
 """A real PostgreSQL server that a test can stop, kill and start again.
 
-It listens on a Unix socket only and ends with the process that started it, however that ends.
+It needs root, since it is somebody else's: PostgreSQL insists on that. It listens on a Unix socket
+only and ends with the process that started it, however that ends. Its shared memory is in an IPC
+namespace of its own, so that nothing is left of that either, be all its processes killed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import psycopg
 from tests.tools.harness import DEADLINE, wait_for
 
 # The lines of postmaster.pid that are of interest, counted from 0.
-_PID, _SHARED_MEMORY, _STATUS = 0, 6, 7
+_PID, _STATUS = 0, 7
 
 _INITDB = [
     *("--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C.UTF-8"),
@@ -97,21 +99,18 @@ class Postgresql:
     def start(self) -> None:
         """Start it and wait until it takes connections."""
         assert self._process is None, "it runs already"
-        account = _account()
         options = [f"--{name}={value}" for name, value in self._settings.items()]
         command = [str(programs() / "postgres"), "-D", str(self._data), *options]
         self._alive, inherited = os.pipe()
         try:
             with self.log.open("ab") as log:
                 self._process = subprocess.Popen(
-                    # An immediate shutdown when we die: nothing of it is needed any more then.
-                    ["setpriv", "--pdeathsig", "QUIT", *command],
+                    _isolated(*command),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     pass_fds=[inherited],
                     cwd=self.directory,
-                    **_ordinary(account),
                 )
         finally:
             os.close(inherited)
@@ -128,9 +127,6 @@ class Postgresql:
     def close(self) -> None:
         """End it, and leave nothing behind; its directory is for the caller to remove."""
         self._end(signal.SIGQUIT)
-        with suppress(OSError, IndexError):  # a segment is left only by one that was killed
-            _, segment = self._lock_file()[_SHARED_MEMORY].split()
-            subprocess.run(["ipcrm", "-m", segment], check=False, stderr=subprocess.DEVNULL)
 
     @property
     def running(self) -> bool:
@@ -206,19 +202,19 @@ def running_server() -> Iterator[Postgresql]:
 
 def _account() -> pwd.struct_passwd:
     """Whom the server runs as: root may not."""
-    if os.geteuid() != 0:
-        return pwd.getpwuid(os.geteuid())
     try:
         return pwd.getpwnam("postgres")
     except KeyError:
         return pwd.getpwnam("nobody")
 
 
-def _ordinary(account: pwd.struct_passwd) -> dict[str, Any]:
-    """Return the arguments of subprocess that make a process ACCOUNT's."""
-    if os.geteuid() != 0:
-        return {}
-    return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+def _isolated(*command: str) -> list[str]:
+    """Return a command that is that account's, and has an immediate shutdown when we die."""
+    account = _account()
+    return [
+        *("unshare", "--ipc", "setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}"),
+        *("--clear-groups", "--pdeathsig=QUIT", *command),
+    ]
 
 
 @functools.cache
@@ -229,12 +225,11 @@ def _template() -> Path:
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     os.chown(directory, account.pw_uid, account.pw_gid)
     result = subprocess.run(
-        [programs() / "initdb", "-D", directory / "data", *_INITDB],
+        _isolated(str(programs() / "initdb"), "-D", str(directory / "data"), *_INITDB),
         capture_output=True,
         text=True,
         cwd=directory,
         check=False,
-        **_ordinary(account),
     )
     assert result.returncode == 0, result.stderr
     return directory / "data"
