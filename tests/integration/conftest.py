@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +15,7 @@ from spawn_common import linux
 from tests.tools.accessory import Accessory, make_accessory, running_accessory
 from tests.tools.harness import Cgroup, Host
 from tests.tools.harness import host as make_host
-from tests.tools.minute import watch_for_a_minute
+from tests.tools.native import ROOT
 from tests.tools.postgresql import Postgresql, running_server
 
 
@@ -59,13 +60,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def real_minute(
     request: pytest.FixtureRequest, usable_kernel: None
-) -> Iterator[Future[None] | None]:
+) -> Iterator[subprocess.Popen[str] | None]:
     """A minute in the life of an accessory, which passes while the other tests run."""
     if not any(item.get_closest_marker("slow") for item in request.session.items):
         yield None
         return
-    with ThreadPoolExecutor(1) as executor, running_accessory("minute") as daemon:
-        yield executor.submit(watch_for_a_minute, daemon)
+    with running_accessory("minute") as daemon:
+        place = [daemon.address, str(daemon.cgroup.directory)]
+        command = [sys.executable, "-m", "tests.tools.minute", *place]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as watcher:
+            yield watcher
+            watcher.kill()
 
 
 @pytest.fixture

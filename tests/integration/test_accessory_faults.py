@@ -82,7 +82,7 @@ def shared(running: Accessory) -> Iterator[Accessory]:
 
 def descriptors(accessory: Accessory) -> tuple[int, int]:
     """Return how many descriptors daemon and keeper have open."""
-    return accessory.descriptors(), len(os.listdir(f"/proc/{accessory.keeper()}/fd"))
+    return accessory.descriptors(), accessory.keeper_descriptors()
 
 
 def check_clean(accessory: Accessory, before: tuple[int, int]) -> None:
@@ -317,7 +317,7 @@ def test_a_socket_that_lingers_does_not_stop_the_daemon(shared: Accessory, accep
             lingering.close()
         began = time.monotonic()
         works(other, (NAME, b"other"), KINDS["ipc"])
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 4
 
 
 def set_linger(connection: socket.socket, seconds: int) -> None:

@@ -118,4 +118,4 @@ def thread_name(name: bytes) -> str:
 
 def descriptors(accessory: Accessory) -> tuple[int, int]:
     """Return how many descriptors daemon and keeper have open."""
-    return accessory.descriptors(), len(os.listdir(f"/proc/{accessory.keeper()}/fd"))
+    return accessory.descriptors(), accessory.keeper_descriptors()

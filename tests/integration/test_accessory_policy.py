@@ -412,8 +412,7 @@ def test_another_expiry_holds_at_once(accessory: Accessory) -> None:
 def everything_of(daemon: Accessory, client: Client) -> tuple[object, ...]:
     """Return what a failed request must not change."""
     names = client.names()  # first: now everything before it is done
-    keeper = len(os.listdir(f"/proc/{daemon.keeper()}/fd"))
-    return names, daemon.descriptors(), keeper, daemon.inits()
+    return names, daemon.descriptors(), daemon.keeper_descriptors(), daemon.inits()
 
 
 def test_beyond_the_limit_of_names_only_those_that_exist_are_served(accessory: Accessory) -> None:

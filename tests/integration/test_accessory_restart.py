@@ -72,10 +72,6 @@ def names(accessory: Accessory) -> dict[str, tuple[int, int, int]]:
         }
 
 
-def keeper_descriptors(accessory: Accessory) -> int:
-    return len(os.listdir(f"/proc/{accessory.keeper()}/fd"))
-
-
 def check_that_all_inits_are_known(accessory: Accessory) -> None:
     """For names of at most ten characters, all different."""
     listed = names(accessory).items()
@@ -95,7 +91,7 @@ def check_that_all_expires(accessory: Accessory, keeper_had: int) -> None:
     accessory.start()
     wait_for("all names expire", lambda: not names(accessory))
     wait_for("all inits end", lambda: not accessory.inits())
-    wait_for("the keeper keeps nothing", lambda: keeper_descriptors(accessory) == keeper_had)
+    wait_for("the keeper keeps nothing", lambda: accessory.keeper_descriptors() == keeper_had)
 
 
 @contextmanager
@@ -160,7 +156,7 @@ Restart = Callable[[Accessory], None]
 @pytest.mark.parametrize("restart", [terminated, killed, killed_five_times, killed_while_it_starts])
 def test_all_outlives_the_daemon(accessory: Accessory, restart: Restart) -> None:
     """All kinds of namespaces, processes inside, and leases."""
-    held = keeper_descriptors(accessory)
+    held = accessory.keeper_descriptors()
     with (
         get(accessory, "alice", *LEASED) as alice,
         get(accessory, "bob", *ALL) as bob,
@@ -177,7 +173,7 @@ def test_all_outlives_the_daemon(accessory: Accessory, restart: Restart) -> None
             assert namespaces_of(other) == namespaces_of(pid)
         assert accessory.processes().keys() == {accessory.pid} | processes.keys()
         # The next request for something new has the keeper read all; two are of a PID namespace.
-        assert keeper_descriptors(accessory) == held + 9 + 1 + 9
+        assert accessory.keeper_descriptors() == held + 9 + 1 + 9
 
 
 def test_names_are_listed_as_before(accessory: Accessory) -> None:
@@ -197,10 +193,10 @@ def test_names_are_listed_as_before(accessory: Accessory) -> None:
 def test_restarts_leak_no_descriptor(accessory: Accessory) -> None:
     with get(accessory, "alice", *LEASED), get(accessory, "bob", *ALL):
         terminated(accessory)
-        counts = accessory.descriptors(), keeper_descriptors(accessory)
+        counts = accessory.descriptors(), accessory.keeper_descriptors()
         for _ in range(3):
             killed(accessory)
-            assert (accessory.descriptors(), keeper_descriptors(accessory)) == counts
+            assert (accessory.descriptors(), accessory.keeper_descriptors()) == counts
 
 
 # Leases
@@ -215,7 +211,7 @@ def wait_out(accessory: Accessory, witness: str) -> None:
 def test_a_name_lives_while_it_is_leased(stopped_accessory: Accessory) -> None:
     stopped_accessory.settings.write_text("expiry = 0.1\n")
     accessory = stopped_accessory.start()
-    held = keeper_descriptors(accessory)
+    held = accessory.keeper_descriptors()
     before = get(accessory, "alice", *LEASED)
     killed(accessory)
     after = get(accessory, "alice", *LEASED)
@@ -229,7 +225,7 @@ def test_a_name_lives_while_it_is_leased(stopped_accessory: Accessory) -> None:
     after.close()
     wait_for("the name expires", lambda: not names(accessory))
     wait_for("its init ends", lambda: not accessory.inits())
-    wait_for("nothing of it is kept", lambda: keeper_descriptors(accessory) == held)
+    wait_for("nothing of it is kept", lambda: accessory.keeper_descriptors() == held)
 
 
 def test_a_lease_that_is_closed_while_no_daemon_runs_counts_as_closed(
@@ -253,7 +249,7 @@ def test_a_name_that_nobody_ever_leased_expires_after_a_restart(
     stopped_accessory: Accessory,
 ) -> None:
     accessory = stopped_accessory.start()
-    held = keeper_descriptors(accessory)
+    held = accessory.keeper_descriptors()
     get(accessory, "alice", *ALL).close()
     accessory.kill()
     check_that_all_expires(accessory, held)
@@ -465,7 +461,7 @@ def test_the_daemon_may_die_at_each_step_of_a_request(
     accessory.activate()
     with Forks(accessory) as forks:
         daemon = forks.start()
-        held = keeper_descriptors(accessory)
+        held = accessory.keeper_descriptors()
         survived = False
         step = 0
         while not survived:
@@ -536,7 +532,7 @@ def test_the_daemon_may_be_killed_at_any_instant(
     accessory.activate()
     with Forks(accessory) as forks:
         daemon = forks.start()
-        held = keeper_descriptors(accessory)
+        held = accessory.keeper_descriptors()
         for n in range(60):
             with accessory.client() as client:
                 client.send(*named(f"r{n}", *witness.wanted))
@@ -573,7 +569,7 @@ def kill_keeper(accessory: Accessory) -> None:
 
 
 def test_nothing_is_lost_with_the_keeper(accessory: Accessory) -> None:
-    held = keeper_descriptors(accessory) + len(ALL) + 2  # the pidfd of an init, and a lease
+    held = accessory.keeper_descriptors() + len(ALL) + 2  # the pidfd of an init, and a lease
     with get(accessory, "alice", *LEASED) as alice, process_inside(alice) as pid:
         inside, inits = namespaces_of(pid), accessory.inits()
         had = accessory.descriptors()
@@ -581,7 +577,7 @@ def test_nothing_is_lost_with_the_keeper(accessory: Accessory) -> None:
             kill_keeper(accessory)
             assert inodes(accessory, "alice", *ALL) == alice.inodes()[:-1]
             assert accessory.inits() == inits
-            wait_for("all is held", lambda: keeper_descriptors(accessory) == held)
+            wait_for("all is held", lambda: accessory.keeper_descriptors() == held)
             wait_for("nothing is left open", lambda: accessory.descriptors() == had)
         assert len(accessory.manager.passed()) == 1
         for restart in (terminated, killed):
@@ -611,7 +607,7 @@ def test_the_keeper_may_be_killed_at_any_instant(
     stopped_accessory: Accessory, witness: Witness
 ) -> None:
     accessory, instants = stopped_accessory.start(), seeded()
-    held = keeper_descriptors(accessory)
+    held = accessory.keeper_descriptors()
     refused = []
     for n in range(50):
         with accessory.client() as client:
@@ -638,7 +634,7 @@ def test_keepers_may_die_one_after_the_other(
     stopped_accessory: Accessory, witness: Witness
 ) -> None:
     accessory = stopped_accessory.start()
-    held = keeper_descriptors(accessory)
+    held = accessory.keeper_descriptors()
     done = threading.Event()
     keepers = set()
 
@@ -735,7 +731,7 @@ def test_a_keeper_that_hangs_delays_only_what_is_new(stopped_accessory: Accessor
     accessory = stopped_accessory
     with Forks(accessory) as forks:
         daemon = forks.start(patience=0.2)
-        held = keeper_descriptors(accessory)
+        held = accessory.keeper_descriptors()
         with get(accessory, "alice", *LEASED) as alice:
             os.kill(accessory.keeper(), signal.SIGSTOP)
             assert inodes(accessory, "alice", *LEASED) == alice.inodes()
@@ -750,7 +746,7 @@ def test_a_keeper_that_hangs_delays_only_what_is_new(stopped_accessory: Accessor
             daemon.kill()
             forks.start()
             check_that_all_inits_are_known(accessory)
-            assert keeper_descriptors(accessory) == held + 9 + 1 + 9
+            assert accessory.keeper_descriptors() == held + 9 + 1 + 9
     check_that_all_expires(accessory, held)
 
 
@@ -758,7 +754,7 @@ def test_what_expires_while_the_keeper_hangs_delays_nobody(stopped_accessory: Ac
     accessory = stopped_accessory
     accessory.settings.write_text("expiry = 1\n")
     accessory.start()
-    held = keeper_descriptors(accessory)
+    held = accessory.keeper_descriptors()
     with get(accessory, "alice", *LEASED) as alice, accessory.client() as client:
         for n in range(400):
             client.ask(*named(f"n{n}", (UTS, b""))).close()
@@ -769,14 +765,14 @@ def test_what_expires_while_the_keeper_hangs_delays_nobody(stopped_accessory: Ac
         assert inodes(accessory, "alice", *LEASED) == alice.inodes()
         assert time.monotonic() - began < 5
         os.kill(keeper, signal.SIGCONT)
-        wait_for("only one is kept", lambda: keeper_descriptors(accessory) == held + 9 + 1)
+        wait_for("only one is kept", lambda: accessory.keeper_descriptors() == held + 9 + 1)
 
 
 def test_what_a_keeper_makes_too_late_replaces_nothing(stopped_accessory: Accessory) -> None:
     accessory = stopped_accessory
     with Forks(accessory) as forks, ExitStack() as stack:
         daemon = forks.start(patience=0.2)
-        held = keeper_descriptors(accessory)
+        held = accessory.keeper_descriptors()
         with accessory.client() as client:
             keeper = accessory.keeper()
             os.kill(keeper, signal.SIGSTOP)
@@ -797,7 +793,7 @@ def test_what_a_keeper_makes_too_late_replaces_nothing(stopped_accessory: Access
         for name, answer in made.items():
             assert inodes(accessory, name, *wanted) == answer.inodes()
         wait_for("what came too late ends", lambda: not accessory.inits())
-        assert keeper_descriptors(accessory) == held + 3 * len(wanted) + 1
+        assert accessory.keeper_descriptors() == held + 3 * len(wanted) + 1
 
 
 def test_what_a_hanging_keeper_made_too_late_is_known_to_the_next_daemon(
@@ -806,7 +802,7 @@ def test_what_a_hanging_keeper_made_too_late_is_known_to_the_next_daemon(
     accessory = stopped_accessory
     with Forks(accessory) as forks:
         daemon = forks.start()
-        held = keeper_descriptors(accessory)
+        held = accessory.keeper_descriptors()
         keeper = accessory.keeper()
         with accessory.client() as client:
             os.kill(keeper, signal.SIGSTOP)
@@ -1037,7 +1033,7 @@ def test_only_one_keeper_is_stored(accessory: Accessory) -> None:
 
 
 def test_an_init_that_died_while_no_daemon_ran_is_noticed(accessory: Accessory) -> None:
-    held = keeper_descriptors(accessory)
+    held = accessory.keeper_descriptors()
     with get(accessory, "alice", *LEASED) as alice:
         ((init, _),) = accessory.inits().items()
         accessory.stop()
@@ -1045,11 +1041,11 @@ def test_an_init_that_died_while_no_daemon_ran_is_noticed(accessory: Accessory) 
         wait_for("the init is dead", lambda: not accessory.inits())
         accessory.start()
         assert not names(accessory)["alice"][0] & NEWPID
-        wait_for("it is forgotten", lambda: keeper_descriptors(accessory) == held + 7 + 1)
+        wait_for("it is forgotten", lambda: accessory.keeper_descriptors() == held + 7 + 1)
         with get(accessory, "alice", *LEASED) as again:
             changed = [a != b for a, b in zip(alice.inodes(), again.inodes(), strict=True)]
             assert changed == [False, True] + [False] * 7
             killed(accessory)
             check_that_all_inits_are_known(accessory)
-            assert keeper_descriptors(accessory) == held + 9 + 1
+            assert accessory.keeper_descriptors() == held + 9 + 1
             assert inodes(accessory, "alice", *LEASED) == again.inodes()

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
-from tests.tools.harness import DEADLINE, Cgroup, wait_for
+from tests.tools.harness import DEADLINE, Cgroup, descriptors_at_rest, wait_for
 from tests.tools.harness import host as make_host
 from tests.tools.native import ROOT
 from tests.tools.wire import Client
@@ -28,6 +28,20 @@ KEEPER = ROOT / "build" / "libexec" / "cm4all-spawn-keeper"
 def own_namespaces(pid: int) -> dict[str, str]:
     """Return which namespaces a process is in."""
     return {kind: os.readlink(f"/proc/{pid}/ns/{kind}") for kind in KINDS}
+
+
+def inits_in(cgroup: Cgroup) -> dict[int, str]:
+    """Return pid and name of the inits of PID namespaces that a daemon in CGROUP has made."""
+    found = _processes_in(cgroup).items()
+    return {pid: name for pid, name in found if name[:2] in ("in", "i-")}
+
+
+def _processes_in(cgroup: Cgroup) -> dict[int, str]:
+    found = {}
+    for line in (cgroup.directory / "cgroup.procs").read_text().split():
+        with suppress(OSError):
+            found[int(line)] = Path(f"/proc/{line}/comm").read_text().rstrip("\n")
+    return found
 
 
 class Manager:
@@ -200,19 +214,19 @@ class Accessory:
 
     def descriptors(self) -> int:
         """Return how many descriptors the daemon has open."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        return descriptors_at_rest(self.pid)
+
+    def keeper_descriptors(self) -> int:
+        """Return how many descriptors the keeper has open."""
+        return descriptors_at_rest(self.keeper())
 
     def processes(self) -> dict[int, str]:
         """Return pid and name of all processes that belong to the daemon, itself included."""
-        found = {}
-        for line in (self.cgroup.directory / "cgroup.procs").read_text().split():
-            with suppress(OSError):
-                found[int(line)] = Path(f"/proc/{line}/comm").read_text().rstrip("\n")
-        return found
+        return _processes_in(self.cgroup)
 
     def inits(self) -> dict[int, str]:
         """Return pid and name of the inits of PID namespaces."""
-        return {pid: name for pid, name in self.processes().items() if name[:2] in ("in", "i-")}
+        return inits_in(self.cgroup)
 
     def keeper(self) -> int:
         """Return the pid of the keeper."""

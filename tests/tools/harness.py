@@ -46,6 +46,32 @@ def many_descriptors() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def descriptors_at_rest(pid: int) -> int:
+    """Return how many descriptors a process has open, none of them for a moment only.
+
+    It waits until the process sleeps, having done all that there was to do, or is stopped.
+    """
+    counts: list[int] = []
+
+    def slept() -> bool:
+        before = _rest(pid)
+        count = len(os.listdir(f"/proc/{pid}/fd"))
+        if before is None or _rest(pid) != before:
+            return False
+        counts.append(count)
+        return True
+
+    wait_for(f"process {pid} has nothing to do", slept)
+    return counts[0]
+
+
+def _rest(pid: int) -> str | None:
+    """Return what tells the sleep of a process from its last and its next one, None if it runs."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    asleep = re.search(r"^State:\t[ST]", status, re.MULTILINE)
+    return status.partition("\nvoluntary_ctxt_switches:")[2] if asleep else None
+
+
 class Cgroup:
     """A directory of the cgroup v2 hierarchy that a test made."""
 
@@ -213,7 +239,7 @@ class Reaper:
 
     def descriptors(self) -> int:
         """Return how many descriptors it has open."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        return descriptors_at_rest(self.pid)
 
     def watches(self) -> int:
         """Return how many inotify watches it holds."""

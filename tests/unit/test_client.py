@@ -29,6 +29,7 @@ from spawn_client.accessory import (
     Unsupported,
 )
 from spawn_client.dialogue import Dialogue, pack_checked, read_answer
+from tests.tools.descriptors import nothing_stays_open
 from tests.tools.harness import wait_for
 from tests.tools.wire import datagram
 
@@ -115,17 +116,11 @@ def _give(connection: socket.socket, answer: Answer) -> None:
             socket.send_fds(connection, [answer.datagram], descriptors)
 
 
-def descriptors() -> set[str]:
-    """Return the descriptors that are open in this process."""
-    return set(os.listdir("/proc/self/fd"))
-
-
 @pytest.fixture(autouse=True)
-def nothing_stays_open() -> Iterator[None]:
+def no_descriptor_stays() -> Iterator[None]:
     """Every descriptor is closed after every test, however answers were broken."""
-    before = descriptors()
-    yield
-    assert descriptors() == before
+    with nothing_stays_open():
+        yield
 
 
 def kind_of(descriptor: int | None) -> str:

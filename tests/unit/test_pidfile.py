@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from spawn_common.pidfile import AlreadyLocked, PidFile
+from tests.tools.descriptors import nothing_stays_open
 from tests.tools.harness import wait_for
 
 
@@ -153,10 +154,9 @@ def test_a_file_that_another_has_put_there_meanwhile_is_his(
         others.append(PidFile(path))
 
     before_lock(replace)
-    descriptors = len(os.listdir("/proc/self/fd"))
-    assert refusal(path) == f"{path}: process (unknown) runs already"
-    assert len(os.listdir("/proc/self/fd")) == descriptors + 1
-    os.close(others[0].fileno())
+    with nothing_stays_open():
+        assert refusal(path) == f"{path}: process (unknown) runs already"
+        os.close(others[0].fileno())
 
 
 def test_a_file_that_has_become_somebody_else_s_is_not_removed(path: Path) -> None:
@@ -210,8 +210,6 @@ def test_what_cannot_be_a_pid_file_is_an_error_and_stays(
     tmp_path: Path, name: str, reason: str
 ) -> None:
     before = os.stat("/dev/null").st_ino
-    descriptors = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(OSError, match=reason):
+    with nothing_stays_open(), pytest.raises(OSError, match=reason):
         PidFile(tmp_path / name)
     assert os.stat("/dev/null").st_ino == before
-    assert len(os.listdir("/proc/self/fd")) == descriptors
