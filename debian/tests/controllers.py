@@ -120,12 +120,19 @@ def run_job(name: str, command: str, **limits: str) -> Job:
 
 
 def released(name: str) -> Release:
-    """Return what the script gets when a cgroup is released."""
+    """Return what the script gets when a cgroup is released, and wait until that is deleted."""
     directory = SCOPE.directory / name
+    wait_for(f"{name} is recorded", lambda: records_of(name) != [])
     wait_for(f"{name} is deleted", lambda: not directory.exists())
-    found = [json.loads(line) for line in (STATE / "releases").read_text().splitlines()]
-    (one,) = [each for each in found if each["path"] == f"{SCOPE.path}/{name}"]
-    return Release(**one)
+    (one,) = records_of(name)
+    return one
+
+
+def records_of(name: str) -> list[Release]:
+    """Return what the script has written of a cgroup so far."""
+    complete, _, _ = (STATE / "releases").read_text().rpartition("\n")
+    found = [Release(**json.loads(line)) for line in complete.splitlines()]
+    return [release for release in found if release.path == f"{SCOPE.path}/{name}"]
 
 
 def statistics(directory: Path) -> Iterator[tuple[str, float]]:

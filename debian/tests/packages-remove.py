@@ -74,7 +74,8 @@ def what_is_installed_again_uses_it() -> None:
     with Scope() as scope:
         scope.run("job")
         scope.wait_empty()
-        assert f"gone:\t{scope.path}/job" in reaper.SERVICE.journal()
+        said = f"gone:\t{scope.path}/job"
+        wait_for("the script says so", lambda: said in reaper.SERVICE.journal())
 
 
 def removal_ends_what_a_stopped_accessory_keeps() -> None:

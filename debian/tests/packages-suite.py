@@ -75,7 +75,8 @@ def a_changed_script_is_kept_and_used() -> None:
     with Scope() as scope:
         scope.run("job")
         scope.wait_empty()
-        assert f"gone:\t{scope.path}/job" in reaper.SERVICE.journal()
+        said = f"gone:\t{scope.path}/job"
+        wait_for("the script says so", lambda: said in reaper.SERVICE.journal())
 
 
 def the_accessory_works_at_its_old_address() -> None:

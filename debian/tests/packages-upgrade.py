@@ -67,7 +67,8 @@ def script_settings_and_drop_in_are_kept_and_used() -> None:
     with Scope(SCOPE) as scope:
         scope.run("afterwards")
         scope.wait_empty()
-        assert f"hello\t{scope.path}/afterwards" in reaper.SERVICE.journal()
+        said = f"hello\t{scope.path}/afterwards"
+        wait_for("the script says so", lambda: said in reaper.SERVICE.journal())
 
 
 def daemons_that_do_not_run_are_not_started() -> None:

@@ -57,7 +57,7 @@ def it_is_ready_when_the_command_returns() -> None:
     assert alive(pid())
     with Scope() as scope:
         scope.run("name/session")
-        scope.wait_empty()
+        scope.wait_reaped("name", "name/session")
         expected = {f"{scope.path}/name": 1, f"{scope.path}/name/session": 1}
         assert counted(releases()) == expected
 

@@ -16,9 +16,7 @@ from reaper import (
     SETTINGS,
     STATE,
     Scope,
-    counted,
     forget_releases,
-    releases,
     use,
 )
 from support import attempt, keep, wait_for
@@ -93,8 +91,8 @@ def a_reload_that_waits_holds_up_who_asked_and_nobody_else() -> None:
         collector, _ = listener.accept()
         with collector:
             scope.run("meanwhile")
-            scope.wait_empty()
-            assert counted(releases())[f"{scope.path}/meanwhile"] == 1
+            scope.wait_reaped("meanwhile")
+            assert scope.released("meanwhile") == 1
             assert (SERVICE.state, calls(), asking.poll()) == ("reloading", [], None)
             left = SIZE
             while left:
@@ -113,8 +111,8 @@ def a_reload_that_fails_is_told_and_changes_nothing() -> None:
     assert (SERVICE.state, SERVICE["SubState"], SERVICE.pid) == ("active", "running", pid)
     with Scope() as scope:
         scope.run("afterwards")
-        scope.wait_empty()
-        assert counted(releases())[f"{scope.path}/afterwards"] == 1
+        scope.wait_reaped("afterwards")
+        assert scope.released("afterwards") == 1
 
 
 def a_script_without_that_function_is_fine() -> None:

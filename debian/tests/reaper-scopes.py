@@ -24,6 +24,7 @@ SPAWNER = "spawner"  # a user
 REFUSED = "Permission denied"
 POWERLESS = "[Service]\nAmbientCapabilities=\nCapabilityBoundingSet=\n"
 
+SPAWNED = ("job", "name", "name/session")
 # As a spawner that is not root makes jobs, from a process of the scope.
 SPAWN = """
 cd "$1"
@@ -66,7 +67,7 @@ def released(scope: Scope) -> dict[str, int]:
 def a_scope_is_found_when_it_comes() -> None:
     with Scope() as scope:
         scope.run("first")
-        scope.wait_empty()
+        scope.wait_reaped("first")
         assert released(scope) == {"first": 1}
 
 
@@ -78,8 +79,8 @@ def a_scope_that_was_stopped_may_come_again() -> None:
         with Scope() as scope:
             assert scope.path == path
             scope.run(f"again-{number}/session")
-            scope.wait_empty()
-            assert released(scope)[f"again-{number}"] == 1
+            scope.wait_reaped(f"again-{number}")
+            assert scope.released(f"again-{number}") == 1
     wait_for("it is told", lambda: SERVICE.journal().count(gone) == before + 3)
 
 
@@ -93,15 +94,20 @@ def what_ran_when_its_scope_was_stopped_is_told() -> None:
     for job in jobs:
         job.wait()
     wait_for("the daemon knows that they are gone", lambda: known_cgroups() == 0)
-    unread = {
+    unread = unread_of(scope)
+    wait_for("all are told", lambda: names <= unread | released(scope).keys())
+    read = {name for name in released(scope) if name in names}
+    assert not read & unread
+    print(f"{len(read)} of {len(names)} were read before the service manager deleted them")
+
+
+def unread_of(scope: Scope) -> set[str]:
+    """Return which cgroups of a scope the journal says were gone unread."""
+    return {
         line.removeprefix(f"{scope.path}/").partition(": ")[0]
         for line in SERVICE.journal()
         if line.endswith(": deleted by somebody else before it could be accounted for")
     }
-    read = {name for name in released(scope) if name in names}
-    assert read | unread >= names, names - read - unread
-    assert not read & unread
-    print(f"{len(read)} of {len(names)} were read before the service manager deleted them")
 
 
 def known_cgroups() -> int:
@@ -119,8 +125,8 @@ def scopes_of_all_three_spawners_are_served() -> None:
     for scope in scopes:
         scope.run("all-three")
     for scope in scopes:
-        scope.wait_empty()
-        assert released(scope)["all-three"] == 1
+        scope.wait_reaped("all-three")
+        assert scope.released("all-three") == 1
     assert stranger.jobs() == ["job"]
     for scope in (*scopes, stranger):
         scope.stop()
@@ -129,9 +135,8 @@ def scopes_of_all_three_spawners_are_served() -> None:
 def a_scope_of_another_user_is_served() -> None:
     with OfSpawner("lukko-spawn") as scope:
         scope.spawn()
-        scope.wait_empty()
-        for name in ("job", "name", "name/session"):
-            assert released(scope)[name] == 1
+        scope.wait_reaped(*SPAWNED)
+        assert {scope.released(name) for name in SPAWNED} == {1}
 
 
 def a_cgroup_that_nobody_else_may_read_is_left_to_its_owner() -> None:
@@ -156,9 +161,8 @@ def a_scope_that_is_open_to_the_group_is_served_without_any_capability() -> None
         scope.directory.chmod(0o2775)
         scope.spawn()
         assert (scope.directory / "name").group() == USER
-        scope.wait_empty()
-        for name in ("job", "name", "name/session"):
-            assert released(scope)[name] == 1
+        scope.wait_reaped(*SPAWNED)
+        assert {scope.released(name) for name in SPAWNED} == {1}
     assert not [line for line in SERVICE.journal() if REFUSED in line]
 
 

@@ -167,6 +167,18 @@ class Scope:
         """Return when all jobs have been reaped."""
         wait_for(f"{self.path} is empty", lambda: not self.jobs(), seconds)
 
+    def wait_reaped(self, *names: str) -> None:
+        """Return when all jobs have been reaped, and RECORD has written that these were.
+
+        The script may learn of a release after the cgroup is gone.
+        """
+        self.wait_empty()
+        wait_for(f"{names} are recorded", lambda: all(map(self.released, names)))
+
+    def released(self, name: str) -> int:
+        """Return how often RECORD has written that a cgroup was released."""
+        return counted(releases())[f"{self.path}/{name}"]
+
     def jobs_usec(self) -> int:
         """Return what the kernel counted for all jobs that there ever were."""
         return cpu_usec(self.directory) - cpu_usec(self.own)
