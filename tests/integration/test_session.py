@@ -145,10 +145,10 @@ def test_nothing_outlives_a_run_that_is_interrupted(tmp_path: Path) -> None:
 
 
 def test_a_test_that_hangs_fails_with_a_traceback_and_its_fixtures_clean_up(tmp_path: Path) -> None:
-    with running(run := Stuck(ACCESSORY, tmp_path, "--timeout=2")):
+    with running(run := Stuck(ACCESSORY, tmp_path, "--timeout=5")):
         output = run.output()
     assert run.process.returncode == pytest.ExitCode.TESTS_FAILED
-    assert "Timeout (>2.0s) from pytest-timeout" in output
+    assert "Timeout (>5.0s) from pytest-timeout" in output
     assert "threading.Event().wait()" in output
     assert "1 failed" in output
     assert "error" not in output.splitlines()[-1]

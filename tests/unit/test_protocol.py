@@ -246,6 +246,7 @@ def test_any_bytes_are_understood_or_malformed(raw: bytes) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_million_datagrams_of_all_sorts_are_understood_or_malformed() -> None:
     seed = int.from_bytes(os.urandom(4))
     print(f"seed {seed}")
