@@ -730,7 +730,7 @@ def test_a_request_of_which_keepers_die_leaves_nothing_unknown(
 def test_a_keeper_that_hangs_delays_only_what_is_new(stopped_accessory: Accessory) -> None:
     accessory = stopped_accessory
     with Forks(accessory) as forks:
-        daemon = forks.start(patience=0.2)
+        daemon = forks.start(patience=1.0)
         held = accessory.keeper_descriptors()
         with get(accessory, "alice", *LEASED) as alice:
             os.kill(accessory.keeper(), signal.SIGSTOP)
@@ -742,7 +742,8 @@ def test_a_keeper_that_hangs_delays_only_what_is_new(stopped_accessory: Accessor
             assert set(names(accessory)) == {"alice"}
             os.kill(accessory.keeper(), signal.SIGCONT)
             assert inodes(accessory, "alice", *LEASED) == alice.inodes()
-            get(accessory, "bob", *ALL).close()
+            with accessory.client() as client:
+                wait_for("the keeper answers", lambda: is_granted(client, *named("bob", *ALL)))
             daemon.kill()
             forks.start()
             check_that_all_inits_are_known(accessory)
@@ -771,7 +772,7 @@ def test_what_expires_while_the_keeper_hangs_delays_nobody(stopped_accessory: Ac
 def test_what_a_keeper_makes_too_late_replaces_nothing(stopped_accessory: Accessory) -> None:
     accessory = stopped_accessory
     with Forks(accessory) as forks, ExitStack() as stack:
-        daemon = forks.start(patience=0.2)
+        daemon = forks.start(patience=1.0)
         held = accessory.keeper_descriptors()
         with accessory.client() as client:
             keeper = accessory.keeper()
