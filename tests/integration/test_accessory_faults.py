@@ -848,7 +848,9 @@ def test_without_a_keeper_what_exists_is_served_and_the_rest_works_later(masked:
     wait_for("it has other settings", lambda: masked.manager.notifications.count("READY=1") > 1)
     with masked.client() as client, client.ask(*EVERYTHING) as first:
         mount(masked.pid, "mount", "--bind", "/dev/null", KEEPER)
-        os.kill(masked.keeper(), signal.SIGKILL)
+        keeper = masked.keeper()
+        os.kill(keeper, signal.SIGKILL)
+        wait_for("the keeper is dead", lambda: keeper not in masked.processes())
         with client.ask(*EVERYTHING) as again:
             assert again.inodes() == first.inodes()
         for kind in ("ipc", "pid"):
