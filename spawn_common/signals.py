@@ -32,9 +32,8 @@ class Signals:
         control, for example, ignores SIGINT and SIGQUIT for what it starts in the background.
         """
         self._unwinds = False
-        signal.signal(
-            signal.SIGCHLD, signal.SIG_DFL
-        )  # ignored, it would keep system(3) from working
+        # Ignored, it would keep system(3) from working in whatever we start.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in _ENDING:
             signal.signal(number, self._unwind)
         signal.pthread_sigmask(signal.SIG_SETMASK, _SERVING)

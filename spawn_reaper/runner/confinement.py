@@ -48,7 +48,8 @@ def _leave_signals_to_the_core() -> None:
     for number in _SIGNALS:
         signal.signal(number, lambda *_: None)
         signal.siginterrupt(number, False)  # Lua's input and output do not try again
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it keeps os.execute from working
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _allow_deep_recursion() -> None:
