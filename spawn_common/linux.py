@@ -66,6 +66,17 @@ _LANDLOCK_SCOPE_SIGNAL: Final = 2
 _SCOPES_SINCE: Final = 6  # version of the ABI, Linux 6.12
 _LANDLOCK_RULESET: Final = struct.Struct("=3Q")  # handled_access_fs, handled_access_net, scoped
 
+# <linux/seccomp.h>, <linux/filter.h>, <linux/audit.h>; the numbers of prlimit64 by machine
+_PR_SET_SECCOMP: Final = 22
+_SECCOMP_MODE_FILTER: Final = 2
+_SECCOMP_RET_ALLOW: Final = 0x7FFF0000
+_SECCOMP_RET_ERRNO: Final = 0x00050000
+_BPF_LOAD_WORD: Final = 0x20
+_BPF_JUMP_EQUAL: Final = 0x15
+_BPF_RETURN: Final = 0x06
+_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16  # in struct seccomp_data
+_PRLIMIT64: Final = {"x86_64": (0xC000003E, 302), "aarch64": (0xC00000B7, 261)}
+
 # <linux/capability.h>
 CAP_DAC_OVERRIDE: Final = 1
 CAP_KILL: Final = 5
@@ -318,6 +329,33 @@ def confine_signals() -> bool:
             raise _error("landlock_restrict_self")
     finally:
         os.close(fd)
+    return True
+
+
+def protect_limits_of(pid: int) -> bool:
+    """Let this process and its children not change the resource limits of another, PID.
+
+    Whoever has the same user could: that is how to end a process without a signal (RLIMIT_CPU,
+    prlimit(2)). A filter of system calls, so it must have no new privileges. False on machines
+    whose numbers are not known here.
+    """
+    if os.uname().machine not in _PRLIMIT64:
+        return False
+    architecture, number = _PRLIMIT64[os.uname().machine]
+    steps = (  # code, how many to skip if equal, if not, operand (seccomp(2))
+        (_BPF_LOAD_WORD, 0, 0, _ARCHITECTURE_AT),
+        (_BPF_JUMP_EQUAL, 0, 4, architecture),
+        (_BPF_LOAD_WORD, 0, 0, _NUMBER_AT),
+        (_BPF_JUMP_EQUAL, 0, 2, number),
+        (_BPF_LOAD_WORD, 0, 0, _FIRST_ARGUMENT_AT),
+        (_BPF_JUMP_EQUAL, 1, 0, pid),
+        (_BPF_RETURN, 0, 0, _SECCOMP_RET_ALLOW),
+        (_BPF_RETURN, 0, 0, _SECCOMP_RET_ERRNO | errno.EPERM),
+    )
+    program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
+    header = struct.pack("@HP", len(steps), ctypes.addressof(program))
+    filter_ = ctypes.create_string_buffer(header)
+    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(filter_))
     return True
 
 

@@ -12,12 +12,11 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from typing import Final
 
 from spawn_reaper.release import Release
 from spawn_reaper.report import printable, readable
-from spawn_reaper.wire import Ack, Numbered, fields_of
+from spawn_reaper.wire import FAILURES_MAX, Ack, Numbered, fields_of
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +24,7 @@ _CHUNK: Final = 64  # releases in a message
 _WINDOW: Final = 128  # releases that a runner has, and has not begun
 _PATIENCE: Final = 1.0  # seconds until a directory is deleted although nobody had a look at it
 _TRIES: Final = 2  # runners that may end on a release
+_LONELY_TRIES: Final = 5  # runners that may end while it is the only one that waits
 
 Begun = Callable[[], None]
 """Is called when the last of some releases was begun, or if that takes too long."""
@@ -33,13 +33,14 @@ Begun = Callable[[], None]
 class _Item:
     """A release that is not done."""
 
-    __slots__ = ("attempt", "line", "number", "release", "strikes")
+    __slots__ = ("attempt", "line", "lonely", "number", "release", "strikes")
 
     def __init__(self, number: int, release: Release) -> None:
         self.number = number
         self.release = release
         self.attempt = 1
         self.strikes = 0  # runners that ended while they had it in hand
+        self.lonely = 0  # runners that ended while it was the only one that had begun
         self.line: Line | None = None  # to the runner that has got it
 
 
@@ -163,7 +164,7 @@ class Delivery:
             item = self._items.get(number)
             if item is not None and item.line is line:
                 del self._items[number]
-        for message in ack.failed:
+        for message in ack.failed[:FAILURES_MAX]:
             self.failed_count += 1
             _log.error("%s", readable(message))
         number = line.begin(ack.begun)
@@ -174,34 +175,38 @@ class Delivery:
         if not self._items and self._empty is not None and not self._empty.done():
             self._empty.set_result(None)
 
-    def lost(self, line: Line, begun: int, in_hand: int) -> None:
+    def lost(self, line: Line, begun: int, in_hand: int) -> bool:
         """Take back what a runner did not finish: it has ended.
 
         BEGUN is how many it had begun in all, IN_HAND the number of what it was doing, if that is
-        the number of a release.
+        the number of a release. Returns whether it is known which release has ended it.
         """
         suspect = self._suspect(line, begun, in_hand)
         line.begin(begun)
         unbegun = {item.number for item in line.unbegun}
         taken = [item for item in self._items.values() if item.line is line]
+        begun_ones = [item for item in taken if item.number not in unbegun]
         for item in taken:
             item.line = None
-            item.attempt += item.number not in unbegun
             item.strikes += item.number == suspect
+        for item in begun_ones:
+            item.attempt += 1
+            item.lonely += len(begun_ones) == 1
         self._backlog.extendleft(item for item in reversed(taken) if not self._set_aside(item))
         if line is self._line:
             self._line = None
             self._fall_behind()
         else:
             self._send()
+        return suspect != 0
 
     def _suspect(self, line: Line, begun: int, in_hand: int) -> int:
         """Return the number of the release that may have ended a runner; 0 if that is not clear."""
         if in_hand in self._items:
             return in_hand
         # What closes the channel, say, comes to its end, and cannot tell it.
-        untold = list(islice(line.unbegun, max(0, begun - line.begun_count)))
-        return untold[0].number if len(untold) == 1 else 0
+        untold = min(max(0, begun - line.begun_count), len(line.unbegun))  # it can say anything
+        return line.unbegun[0].number if untold == 1 else 0
 
     def place_of(self, number: int) -> str:
         """Return the path of a release that is not done, for messages; nothing if it is not."""
@@ -210,14 +215,14 @@ class Delivery:
 
     def _set_aside(self, item: _Item) -> bool:
         """Give up a release that has ended too many runners."""
-        if item.strikes < _TRIES:
+        if item.strikes < _TRIES and item.lonely < _LONELY_TRIES:
             return False
         del self._items[item.number]
         self.set_aside_count += 1
         _log.error(
             "%s: set aside: the script's process ended %d times while it handled this release",
             printable(item.release.path).decode(),
-            item.strikes,
+            item.attempt - 1,
         )
         return True
 

@@ -7,6 +7,7 @@ were begun. A script could write nonsense there (ffi): it would be killed for no
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from typing import Final, NamedTuple
@@ -30,9 +31,11 @@ class Doing(NamedTuple):
 
 
 def create() -> int:
-    """Return the descriptor of a new page."""
-    fd = os.memfd_create("cm4all-spawn-reaper", os.MFD_CLOEXEC)
+    """Return the descriptor of a new page, which nobody can shorten: that would kill who reads."""
+    fd = os.memfd_create("cm4all-spawn-reaper", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, _SIZE)
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     return fd
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Final, NamedTuple, Protocol
 
 from spawn_common import linux
@@ -26,6 +26,8 @@ _MODULE: Final = "spawn_reaper.runner"
 # Unbuffered, each line that a script prints would be several writes, between which others write.
 _NOT_FOR_RUNNERS: Final = frozenset({*OF_OTHERS, "PYTHONUNBUFFERED"})
 _MOMENT: Final = 0.2  # seconds
+_PATIENCE: Final = 2.0  # seconds for the kernel to end what was killed
+_LAST_READS: Final = 16  # more than a socket holds
 
 
 class Owner(Protocol):
@@ -45,27 +47,30 @@ class Runner:
         """Start it; OSError if that is impossible. Needs a running event loop."""
         self._owner = owner
         self._loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair()
-        descriptor = -1
-        try:
-            descriptor = page.create()
-            self._page = Page(descriptor)
-            self._process = _start(theirs.fileno(), descriptor)
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            if descriptor >= 0:
-                os.close(descriptor)
-        linux.refuse_descriptors(ours)  # closing one can take as long as its sender likes
         self._how = ""  # it came to be killed
+        with ExitStack() as exits:
+            ours, theirs = socket.socketpair()
+            exits.callback(ours.close)
+            descriptor = -1
+            try:
+                descriptor = page.create()
+                self._page = Page(descriptor)
+                self._process = _start(theirs.fileno(), descriptor)
+            finally:
+                theirs.close()
+                if descriptor >= 0:
+                    os.close(descriptor)
+            exits.callback(self._kill_group)
+            linux.refuse_descriptors(ours)  # closing one can take as long as its sender likes
+            self._pidfd = os.pidfd_open(self._process.pid)
+            exits.callback(os.close, self._pidfd)
+            self._loop.add_reader(self._pidfd, self._exited)
+            self._channel = Channel(
+                ours, ours.recv, wire.RUNNER_FRAME_MAX, self._received, self._channel_ended
+            )
+            exits.pop_all()
         self._since = _Since(self._page.doing(), time.monotonic(), 0.0)
-        self._channel = Channel(
-            ours, ours.recv, wire.RUNNER_FRAME_MAX, self._received, self._channel_ended
-        )
-        self._pidfd = os.pidfd_open(self._process.pid)
-        self._loop.add_reader(self._pidfd, self._exited)
+        self._asked = 0.0  # when it was asked for an answer that it owes; 0 if it owes none
         self.send(setup)
 
     @property
@@ -90,12 +95,22 @@ class Runner:
     def look(self) -> tuple[float, float]:
         """Return for how many seconds of time and of CPU time it has been doing the same thing.
 
-        Since the first look that saw it do that; zero if it does nothing.
+        Since the first look that saw it do that; zero if it does nothing, and owes no answer.
         """
         doing, now, cpu = self._page.doing(), time.monotonic(), self._cpu()
-        if doing != self._since.doing or doing.in_hand == page.IDLE:
+        if doing != self._since.doing or (doing.in_hand == page.IDLE and not self._asked):
             self._since = _Since(doing, now, cpu)
         return now - self._since.time, cpu - self._since.cpu
+
+    def ask(self) -> None:
+        """Let it show that it is alive, if it owes no answer; answered() is for when it has."""
+        if not self._asked:
+            self._asked = time.monotonic()
+            self.send(wire.Ping())
+
+    def answered(self) -> None:
+        """Take note of the answer."""
+        self._asked = 0.0
 
     def _cpu(self) -> float:
         """Return the CPU time of all its threads, in seconds."""
@@ -106,7 +121,9 @@ class Runner:
 
     def kill(self, how: str) -> None:
         """End it and its children; the owner will be told that it ended and HOW."""
-        self._how = self._how or how
+        if not self._how:
+            self._how = how
+            self._loop.call_later(_PATIENCE, self._exited)  # even if somebody traces it
         self._kill_group()
 
     def _kill_group(self) -> None:
@@ -122,6 +139,7 @@ class Runner:
             with suppress(subprocess.TimeoutExpired):  # the kernel does not let it go: its business
                 self._process.wait(_MOMENT)
             self._release()
+            self._page.close()
 
     # From the event loop
 
@@ -137,13 +155,20 @@ class Runner:
             self._loop.call_later(_MOMENT, self.kill, "its channel was closed")
 
     def _exited(self) -> None:
-        while self._channel.read():  # what it said last
-            pass
+        """Take note that it has ended, or does not although it was killed."""
+        if self._pidfd < 0:
+            return
         self._kill_group()
-        status = self._process.wait()
-        if self._pidfd >= 0:  # nobody has closed us
-            self._release()
-            self._owner.ended(self, self._how or _describe(status))
+        for _ in range(_LAST_READS):  # what it said last; others may still write
+            if not self._channel.read():
+                break
+        if self._pidfd < 0:
+            return  # that was the end for our owner
+        # Never wait: its end may be somebody else's to see first, who traces it.
+        status = self._process.poll()
+        self._release()
+        self._owner.ended(self, self._how or _describe(status))
+        self._page.close()
 
     def _release(self) -> None:
         self._loop.remove_reader(self._pidfd)
@@ -175,7 +200,9 @@ def _start(channel: int, descriptor: int) -> subprocess.Popen[bytes]:
     )
 
 
-def _describe(status: int) -> str:
+def _describe(status: int | None) -> str:
+    if status is None:
+        return "it ended, and somebody traces it"
     if status >= 0:
         return f"it ended with status {status}"
     try:

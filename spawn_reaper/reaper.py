@@ -201,15 +201,21 @@ class Reaper:
         finally:
             if size >= _FULL:
                 self._loop.call_soon(self._read_events)
-            elif size:
+            elif size or not self._wait_for_events():
                 self._loop.call_at(_next_tick(time.monotonic()), self._read_events)
-            else:
-                self._loop.add_reader(self._tree.fd, self._tree_readable)
         if self._tree.overflowed and self._scan_timer is None:
             # Not at once if it was only just done: a flood would keep us scanning.
             start = max(self._now, self._scanned + _SCAN)
             self._scan_timer = self._loop.call_at(start, self._scan)
         self._arm_poll()
+
+    def _wait_for_events(self) -> bool:
+        """Be called when there are more; False if the kernel has no room for that."""
+        try:
+            self._loop.add_reader(self._tree.fd, self._tree_readable)
+        except OSError:  # fs.epoll.max_user_watches, which somebody else of our user may use up
+            return False
+        return True
 
     def _scan(self) -> None:
         self._scan_timer = None

@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 
 _LOOK: Final = 0.5  # seconds between two looks at what runners do
 _CPU_FACTOR: Final = 2  # a handler that is over its limit by that much was not ended by its hook
+_PROBLEMS_MAX: Final = 100  # lines
 _LEAVE: Final = 1.0  # seconds in which a runner that was told to stop must end
 _OUTPUT: Final = (1, 2)
 _OFTEN: Final = 4  # runners that may end in a row, having done little, before the next has to wait
@@ -104,7 +105,7 @@ class Supervisor:
         for running in self._all():
             self._stop(running, max(0.0, end - self._loop.time()))
         if all_ended := [running.ended for running in self._all()]:
-            await asyncio.wait(all_ended)
+            await asyncio.wait(all_ended, timeout=max(0.0, end - self._loop.time()) + 2 * _LEAVE)
         return left
 
     def status(self) -> list[str]:
@@ -169,6 +170,8 @@ class Supervisor:
             return None, f"cannot start a process for the script: {error.strerror}"
         running = self._others[process] = _Running(process)
         problem = await running.loaded
+        if not problem and running.ended.done():
+            problem = "the script's process ended at once"
         if problem:
             process.kill("its script cannot be used")
             return None, problem
@@ -224,12 +227,14 @@ class Supervisor:
         elif isinstance(message, wire.Reloaded):
             if self._reloading and not self._afresh:
                 self._reloaded("")
+        elif isinstance(message, wire.Pong):
+            runner.answered()
         elif not running.loaded.done():
             if isinstance(message, wire.Ready):
-                running.handler = message.handler
+                running.handler = message.handler and readable(message.handler)
                 running.loaded.set_result("")
             else:
-                problems = map(readable, message.problems)
+                problems = map(readable, message.problems[:_PROBLEMS_MAX])
                 running.loaded.set_result("\n".join(problems) or "the script cannot be used")
 
     def _find(self, runner: Runner) -> _Running:
@@ -248,8 +253,9 @@ class Supervisor:
             del self._others[runner]
         in_hand = runner.in_hand
         place = self._delivery.place_of(in_hand)
-        if running.line is not None:
-            self._delivery.lost(running.line, runner.begun, in_hand)
+        known = running.line is not None and self._delivery.lost(
+            running.line, runner.begun, in_hand
+        )
         if not running.loaded.done():
             running.loaded.set_result(f"the script's process: {how}")
         if not is_current or self._closed:
@@ -257,7 +263,7 @@ class Supervisor:
         _log.error("%sthe script's process is replaced: %s", f"{place}: " if place else "", how)
         if self._reloading and not self._afresh:
             self._reloaded("")  # the next one begins from the start
-        self._ends = self._ends + 1 if runner.begun < _LITTLE else 0
+        self._ends = 0 if known or runner.begun >= _LITTLE else self._ends + 1
         self._attempts = self._loop.create_task(self._get_another(self._pause()))
 
     def _pause(self) -> float:
@@ -288,6 +294,8 @@ class Supervisor:
     def _look(self) -> None:
         """Find out whether a runner is stuck; it need not do anything for that."""
         for running in self._all():
+            if len(self._delivery) or self._reloading:
+                running.process.ask()
             seconds, cpu = running.process.look()
             if cpu > _CPU_FACTOR * self._limits.cpu:
                 self._end_stuck(running, f"used {cpu:.1f} s of CPU time in one go")

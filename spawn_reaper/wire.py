@@ -68,6 +68,10 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag=4):
     seconds: float
 
 
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """Answer this, in its turn."""
+
+
 # From the runner
 
 
@@ -101,10 +105,17 @@ class Reloaded(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """The script's ``reload`` has come to its end."""
 
 
-FromCore = Setup | Run | Reload | Reopen | Stop
-FromRunner = Ready | Unusable | Ack | Reloaded
+class Pong(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """The answer."""
 
-RUNNER_FRAME_MAX: Final = 1 << 24
+
+FromCore = Setup | Run | Reload | Reopen | Stop | Ping
+FromRunner = Ready | Unusable | Ack | Reloaded | Pong
+
+FAILURES_MAX: Final = 100
+"""How many messages an Ack has at most."""
+
+RUNNER_FRAME_MAX: Final = 1 << 20
 """Bytes of a frame from the runner; more is none of its own."""
 
 

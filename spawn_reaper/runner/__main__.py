@@ -115,6 +115,8 @@ class _Runner:
             self._script.reload(lambda: self._send(wire.Reloaded()))
         elif isinstance(message, wire.Reopen):
             self._reopen()
+        elif isinstance(message, wire.Ping):
+            self._send(wire.Pong())
         elif isinstance(message, wire.Stop):
             self._stopping = self._loop.create_task(self._stop(message.seconds))
         else:

@@ -1,7 +1,7 @@
 """What the runner's process gives up before any code of the script's runs in it.
 
-It has the core's user, since scripts read that user's files, but none of its capabilities, and it
-cannot send signals to anybody but its own children.
+It has the core's user, since scripts read that user's files, but none of its capabilities. It can
+send signals to nobody but its own children, and cannot change the core's limits.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def confine(core: int) -> None:
     if any(linux.capabilities()):
         linux.set_capabilities(Capabilities(0, 0, 0).pack())
     linux.confine_signals()
+    linux.protect_limits_of(core)
     _allow_deep_recursion()
     threading.stack_size(_THREAD_STACK)
 

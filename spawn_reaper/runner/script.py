@@ -25,7 +25,7 @@ from spawn_reaper.runner.bindings.calling import Calling, Outcome, Runtime, Trac
 from spawn_reaper.runner.bindings.cgroup import CgroupBinding
 from spawn_reaper.runner.tasks import NOT_WAITING, Tasks
 from spawn_reaper.settings import Handlers
-from spawn_reaper.wire import MESSAGE_MAX, PATH, Ack, Numbered
+from spawn_reaper.wire import FAILURES_MAX, MESSAGE_MAX, PATH, Ack, Numbered
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ _CPATH: Final = (
 
 _MAIN_CHUNK: Final = b""  # in place of the path of a cgroup
 _LAST_ROUNDS: Final = 10  # of the event loop
+_DONE_MAX: Final = 10_000  # in a message
 _TURN: Final = 64  # handlers that may begin before those that wait have a turn
 
 
@@ -195,10 +196,12 @@ class Script:
     def _tell(self) -> None:
         """Say how far the releases are, if there is something to be said."""
         self.calling.drop_collected()
-        if self._begun != self._told or self._done or self._failures:
+        while self._begun != self._told or self._done or self._failures:
             self._told = self._begun
-            self._acknowledge(Ack(self._begun, self._done, self._failures))
-            self._done, self._failures = [], []
+            self._acknowledge(
+                Ack(self._begun, self._done[:_DONE_MAX], self._failures[:FAILURES_MAX])
+            )
+            del self._done[:_DONE_MAX], self._failures[:FAILURES_MAX]
 
     def _run(self, function: Any, ended: Callable[[], None], path: bytes | None = None) -> None:
         """Run a function of the script that is not about a release; then call ENDED."""
@@ -230,7 +233,7 @@ class Script:
         if path == _MAIN_CHUNK:
             self._load_error = text
         elif path is not None:
-            self._failures.append(f"{printable(path).decode()}: {text}")
+            self._failures.append(f"{printable(path).decode()}: {text}"[:MESSAGE_MAX])
         else:
             _log.error("%s", text)
 

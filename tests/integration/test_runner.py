@@ -32,6 +32,10 @@ PREAMBLE = """
 local ffi = require("ffi")
 ffi.cdef[[
   int close(int);
+  int ftruncate(int, long);
+  void _exit(int);
+  int fork(void);
+  int setsid(void);
   int dup2(int, int);
   int raise(int);
   long readlink(const char *, char *, unsigned long);
@@ -40,13 +44,29 @@ ffi.cdef[[
 
 local function endless() while true do end end
 
-local function each_socket(call)
+-- Calls with descriptor and target of each link of that kind, such as memfd.
+local function each_link(kind, call)
   local target = ffi.new("char[64]")
-  for fd = 3, 100 do
-    local size = ffi.C.readlink("/proc/self/fd/" .. fd, target, 64)
-    if size > 0 and ffi.string(target, size):match("^socket") then call(fd) end
+  for fd = 0, 100 do
+    local size = tonumber(ffi.C.readlink("/proc/self/fd/" .. fd, target, 64))
+    if size > 0 and ffi.string(target, size):find(kind, 1, true) then call(fd) end
   end
 end
+
+local function page()
+  for line in io.lines("/proc/self/maps") do
+    if line:find("memfd:cm4all", 1, true) then
+      return ffi.cast("uint64_t *", tonumber(line:match("^(%x+)"), 16))
+    end
+  end
+end
+
+local function send(body)
+  local frame = ffi.string(ffi.new("uint32_t[1]", #body), 4) .. body
+  each_link("socket:", function(fd) ffi.C.write(fd, frame, #frame) end)
+end
+
+local CORE = io.open("/proc/self/stat"):read("*a"):match("%) %a (%d+)")
 
 local function mistake(cgroup)
   MISTAKE
@@ -160,9 +180,9 @@ MISTAKES = {
     "exit of its own": Mistake('os.execute("kill -9 $PPID")', "ended by SIGKILL"),
     "end of everybody": Mistake('os.execute("kill -9 -1")', "ended by SIGKILL"),
     "stop": Mistake('os.execute("kill -STOP $PPID")', "did not come back for", hang=1.5),
-    "closed channel": Mistake("each_socket(ffi.C.close)", "its channel was closed"),
+    "closed channel": Mistake('each_link("socket:", ffi.C.close)', "its channel was closed"),
     "garbage": Mistake(
-        'each_socket(function(fd) ffi.C.write(fd, ("\\255"):rep(64), 64) end)',
+        'each_link("socket:", function(fd) ffi.C.write(fd, ("\\255"):rep(64), 64) end)',
         "something else was written into its channel",
     ),
     "standard descriptors": Mistake("for fd = 0, 2 do ffi.C.close(fd) end", "", handled=True),
@@ -172,10 +192,64 @@ MISTAKES = {
         "",
         handled=True,
     ),
-    "its parent": Mistake(
-        """local core = io.open("/proc/self/stat"):read("*a"):match("%) %a (%d+)")
-        assert(os.execute("kill -9 " .. core) ~= 0)""",
+    "end of its parent": Mistake('assert(os.execute("kill -9 " .. CORE) ~= 0)', "", handled=True),
+    "limits of its parent": Mistake(
+        'assert(os.execute("prlimit --cpu=0:0 --pid " .. CORE) ~= 0)', "", handled=True
+    ),
+    "shortened page": Mistake(
+        'each_link("memfd:", function(fd) assert(ffi.C.ftruncate(fd, 0) ~= 0) end)',
         "",
+        handled=True,
+    ),
+    "page that lies about what was begun": Mistake(
+        "local p = page() p[2] = 0x8000000000000000ULL p[1] = 0 ffi.C._exit(3)",
+        "ended with status 3",
+    ),
+    "page that lies about what is done": Mistake(
+        "page()[1] = 0 while true do pcall(endless) end", "s of CPU time"
+    ),
+    "stop when it is idle": Mistake(
+        """if cgroup.attempt == 1 then os.execute("(sleep 0.2; kill -STOP $PPID) &") end""",
+        "did not come back for",
+        handled=True,
+        hang=1.5,
+    ),
+    "half a message": Mistake(
+        """if cgroup.attempt == 1 then
+          local head = ffi.new("uint32_t[1]", 1000000)
+          each_link("socket:", function(fd) ffi.C.write(fd, head, 4) end)
+        end""",
+        "did not come back for",
+        handled=True,
+        hang=1.5,
+    ),
+    "message that lies": Mistake(
+        r"""send("\x94\x02\xcf" .. ("\xff"):rep(8) .. "\x91\xcf" .. ("\xff"):rep(8) .. "\x90")""",
+        "",
+        handled=True,
+    ),
+    "message with thousands of errors": Mistake(
+        r"""if cgroup.attempt == 1 then
+          send("\x94\x02\x00\x90\xdd\x00\x01\x00\x00" .. ("\xa0"):rep(65536))
+        end""",
+        "",
+        handled=True,
+    ),
+    "flood at its end": Mistake(
+        r"""if cgroup.attempt == 1 then
+          if ffi.C.fork() == 0 then
+            ffi.C.setsid()
+            local acks = ("\x05\x00\x00\x00\x94\x02\x00\x90\x90"):rep(5000)
+            local sockets, start = {}, os.clock()
+            each_link("socket:", function(fd) sockets[#sockets + 1] = fd end)
+            while os.clock() < start + 2 do
+              for _, fd in ipairs(sockets) do ffi.C.write(fd, acks, #acks) end
+            end
+            ffi.C._exit(0)
+          end
+          ffi.C._exit(3)
+        end""",
+        "ended with status 3",
         handled=True,
     ),
 }

@@ -221,10 +221,49 @@ def test_a_release_that_ended_two_runners_is_set_aside(
         assert len(delivery) == 0
 
     run(test)
-    assert caplog.messages == [
-        "/test.scope/job-1: set aside: the script's process ended 2 times while it handled "
-        "this release"
-    ]
+    (message,) = caplog.messages
+    assert message.startswith("/test.scope/job-1: set aside: the script's process ended")
+
+
+def test_a_release_that_waits_alone_when_five_runners_end_is_set_aside() -> None:
+    async def test() -> None:
+        delivery = Delivery(100)
+        runner = Runner(delivery)
+        hand_over(delivery, 1)
+        for _ in range(5):
+            assert delivery.set_aside_count == 0
+            runner.begin(1)
+            runner.end()
+            runner = Runner(delivery)
+        assert delivery.set_aside_count == 1
+
+    run(test)
+
+
+def test_releases_that_wait_together_are_tried_for_ever() -> None:
+    async def test() -> None:
+        delivery = Delivery(100)
+        runner = Runner(delivery)
+        hand_over(delivery, 2)
+        for _ in range(20):
+            runner.begin(1)
+            runner.begin(1)
+            runner.end()
+            runner = Runner(delivery)
+        assert delivery.set_aside_count == 0
+
+    run(test)
+
+
+def test_a_page_that_lies_about_what_was_begun_changes_nothing() -> None:
+    async def test() -> None:
+        delivery = Delivery(100)
+        runner = Runner(delivery)
+        hand_over(delivery, 3)
+        runner.end(begun=1 << 63)
+        assert Runner(delivery).numbers == [1]
+
+    run(test)
 
 
 def test_what_a_replaced_runner_has_stays_its_own() -> None:

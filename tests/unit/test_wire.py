@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from random import Random
@@ -26,6 +27,7 @@ FROM_CORE: list[wire.FromCore] = [
     wire.Reload(),
     wire.Reopen(),
     wire.Stop(1.5),
+    wire.Ping(),
 ]
 FROM_RUNNER: list[wire.FromRunner] = [
     wire.Ready("s.lua:1", ["a", "b"]),
@@ -33,6 +35,7 @@ FROM_RUNNER: list[wire.FromRunner] = [
     wire.Unusable(["no"]),
     wire.Ack(3, [1, 2], ["x"]),
     wire.Reloaded(),
+    wire.Pong(),
 ]
 
 
@@ -178,6 +181,15 @@ def test_garbage_ends_a_channel_with_the_reason() -> None:
 
 
 # The page
+
+
+def test_nobody_can_shorten_a_page() -> None:
+    """Who reads it would be ended by SIGBUS."""
+    descriptor = create()
+    for size in (0, 1 << 20):
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, size)
+    os.close(descriptor)
 
 
 def test_both_sides_of_a_page_see_the_same() -> None:
