@@ -11,7 +11,8 @@ import os
 import socket
 import struct
 from collections.abc import Iterable
-from contextlib import suppress
+
+from spawn_common.accepting import accept
 
 _log = logging.getLogger(__name__)
 
@@ -90,8 +91,8 @@ def _tell_of_stranger(name: str, pid: int, uid: int) -> None:
 
 
 def _turn_away(holder: socket.socket) -> None:
-    with suppress(OSError):
-        holder.accept()[0].close()
+    if (asking := accept(holder, _turn_away)) is not None:
+        asking.close()
 
 
 def _peer(address: bytes) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import re
 import signal
 import socket
 import struct
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 # <linux/inotify.h>
@@ -65,6 +66,9 @@ _LANDLOCK_CREATE_RULESET_VERSION: Final = 1
 _LANDLOCK_SCOPE_SIGNAL: Final = 2
 _SCOPES_SINCE: Final = 6  # version of the ABI, Linux 6.12
 _LANDLOCK_RULESET: Final = struct.Struct("=3Q")  # handled_access_fs, handled_access_net, scoped
+
+# <malloc.h>
+_M_ARENA_MAX: Final = -8
 
 # <linux/seccomp.h>, <linux/filter.h>, <linux/audit.h>; the numbers of prlimit64 by machine
 _PR_SET_SECCOMP: Final = 22
@@ -309,15 +313,20 @@ def forbid_new_privileges() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
+def can_confine_signals() -> bool:
+    """Whether the kernel has what confine_signals() takes."""
+    version: int = _libc.syscall(
+        _SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION
+    )
+    return version >= _SCOPES_SINCE
+
+
 def confine_signals() -> bool:
     """Let this process and its children send signals to nobody else (landlock(7), scoped).
 
     It must have no new privileges. False before Linux 6.12, or where Landlock is not in use.
     """
-    version = _libc.syscall(
-        _SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION
-    )
-    if version < _SCOPES_SINCE:
+    if not can_confine_signals():
         return False
     attributes = _LANDLOCK_RULESET.pack(0, 0, _LANDLOCK_SCOPE_SIGNAL)
     size = ctypes.c_size_t(len(attributes))
@@ -357,6 +366,15 @@ def protect_limits_of(pid: int) -> bool:
     filter_ = ctypes.create_string_buffer(header)
     _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(filter_))
     return True
+
+
+def share_one_arena() -> None:
+    """Let all threads share one heap (M_ARENA_MAX of mallopt(3)).
+
+    Each of its own would take 64 MB of address space, used or not, from RLIMIT_AS.
+    """
+    with suppress(AttributeError):  # another C library has none
+        _libc.mallopt(_M_ARENA_MAX, 1)
 
 
 # capget(2) and capset(2): effective, permitted, inheritable; first the lower 32 bits of each

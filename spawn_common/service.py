@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from spawn_common.notify import notifier
 from spawn_common.standalone import Standing
@@ -20,8 +21,7 @@ Told = Callable[[str], None]
 """Is told that a reload is complete, and what is wrong: nothing, if all is well."""
 
 
-def _tell_nobody(_: str) -> None:
-    """Whoever has sent a signal waits for no answer."""
+_RUNNING_AND_NEXT: Final = 2
 
 
 class Service:
@@ -44,6 +44,7 @@ class Service:
         self._stop = asyncio.Event()
         self._ready = False
         self._reload_wanted = False
+        self._signalled_reloads = 0  # that are not complete
         self._loop = asyncio.get_running_loop()
         self._notify = notifier()
         standing.signals.serve(self._signalled)
@@ -61,7 +62,7 @@ class Service:
         if interval:
             self._feed_watchdog(interval / 2)
         if self._reload_wanted:
-            self.reload(_tell_nobody)
+            self._reload_for_signals()
 
     def reload(self, told: Told) -> None:
         """Do as for SIGHUP, and call TOLD when it is complete."""
@@ -85,9 +86,18 @@ class Service:
             elif number != signal.SIGHUP:
                 self._stop.set()
             elif self._ready:
-                self.reload(_tell_nobody)
+                self._reload_for_signals()
             else:
                 self._reload_wanted = True
+
+    def _reload_for_signals(self) -> None:
+        """Reload, unless one is pending that has not begun: signals do not count how many came."""
+        if self._signalled_reloads < _RUNNING_AND_NEXT:
+            self._signalled_reloads += 1
+            self.reload(self._reloaded_for_signals)
+
+    def _reloaded_for_signals(self, _: str) -> None:
+        self._signalled_reloads -= 1
 
     def _reloaded(self, told: Told, problem: str) -> None:
         self._notify(ready=1, status=self._status())

@@ -83,6 +83,8 @@ class Signals:
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in (*_ENDING, *_SERVING):
             signal.signal(number, functools.partial(operator.setitem, self._came))
+            # Or what is told to the service manager gets lost, interrupted in libsystemd.
+            signal.siginterrupt(number, False)
         if self._unwinds:  # something has swallowed the exception, a finalizer for example
             self._loop.call_soon(tell, (signal.SIGTERM,))
         signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import pwd
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -52,6 +53,9 @@ def main() -> None:
     """Run the command; the exit status is 0, or 1 for a problem, or 2 for wrong usage."""
     arguments = _parse_arguments()
     with reporting(PROGRAM):
+        if arguments.check or arguments.release:
+            # Unwind, so that no process of the script is left.
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         if arguments.check:
             asyncio.run(_check(arguments))
         elif arguments.release:
@@ -268,9 +272,9 @@ async def _serve(arguments: argparse.Namespace, standing: Standing) -> None:
             await starting
         hooks = delivery if supervisor else None
         reaper = _reaper(settings, root, mount_options, scopes, hooks)
+        asked = ReloadSocket(service.reload)  # before anything is taken over that could get lost
         reaper.start()
         freeze_memory()
-        asked = ReloadSocket(service.reload)
         service.ready()
         await stopped
         reaper.stop()

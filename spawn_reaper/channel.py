@@ -91,9 +91,12 @@ class Channel:
                 sent = self._send(data, descriptors)
             except BlockingIOError:
                 return False
-            except OSError:  # the peer is gone; what it has left to say can still be read
-                self._left.clear()
+            except (BrokenPipeError, ConnectionResetError):
+                self._left.clear()  # the peer is gone; what it has left to say can still be read
                 break
+            except OSError as error:  # no memory, say: nobody knows what the peer has got
+                self._loop.call_soon(self._end, str(error))
+                return True
             if sent < len(data):
                 self._left[0] = (data[sent:], ())
             else:

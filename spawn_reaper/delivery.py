@@ -62,18 +62,19 @@ class Line:
 
     def send(self, items: Sequence[_Item]) -> None:
         """Let the runner have ITEMS."""
+        numbered = [Numbered(item.number, item.attempt, fields_of(item.release)) for item in items]
         for item in items:
             item.line = self
         self.unbegun.extend(items)
-        self.run([Numbered(item.number, item.attempt, fields_of(item.release)) for item in items])
+        self.run(numbered)
 
     def begin(self, count: int) -> int:
-        """Take note that it has begun so many in all; return the number of the last, or 0."""
-        number = 0
+        """Take note that it has begun so many in all; return the highest new number, or 0."""
+        highest = 0
         while self.begun_count < count and self.unbegun:
-            number = self.unbegun.popleft().number
+            highest = max(highest, self.unbegun.popleft().number)
             self.begun_count += 1
-        return number
+        return highest
 
 
 class Delivery:
@@ -86,13 +87,13 @@ class Delivery:
         self._last = 0  # number that was given out
         self._backlog: deque[_Item] = deque()
         self._line: Line | None = None  # to the runner that gets what comes
+        self._where = ""  # the function of the script is defined that handles them
         self._refused = True  # there is nobody who takes releases
         self._behind = True  # nobody waits for what is begun
         self._waiting: deque[tuple[int, float, Begun]] = deque()  # last number, since when
         self._timer: asyncio.TimerHandle | None = None
         self._full = False
         self._empty: asyncio.Future[None] | None = None
-        self.failed_count = 0
         self.set_aside_count = 0
 
     def __len__(self) -> int:
@@ -134,10 +135,14 @@ class Delivery:
 
     # For who has runners
 
-    def connect(self, run: Callable[[list[Numbered]], None]) -> Line:
-        """Let a runner have all that comes, and what no other has."""
+    def connect(self, run: Callable[[list[Numbered]], None], where: str) -> Line:
+        """Let a runner have all that comes, and what no other has.
+
+        WHERE says in messages which function of the script handles it.
+        """
         self._refused = False
         self._line = Line(run)
+        self._where = where
         self._fall_behind()
         self._send()
         self._catch_up()
@@ -148,11 +153,19 @@ class Delivery:
         self._refused = True
         self._line = None
         self._fall_behind()
+        self._drop_backlog()
+
+    def _drop_backlog(self) -> None:
         if self._backlog:
             _log.error("%d releases are not handled: the script takes none", len(self._backlog))
-        for item in self._backlog:
-            del self._items[item.number]
-        self._backlog.clear()
+        while self._backlog:
+            self._drop(self._backlog.popleft())
+
+    def _drop(self, item: _Item) -> None:
+        """Forget a release: it is done, or never will be."""
+        del self._items[item.number]
+        if not self._items and self._empty is not None and not self._empty.done():
+            self._empty.set_result(None)
 
     def has_some(self, line: Line | None) -> bool:
         """Whether a runner has releases that are not done."""
@@ -163,42 +176,58 @@ class Delivery:
         for number in ack.done:
             item = self._items.get(number)
             if item is not None and item.line is line:
-                del self._items[number]
+                self._drop(item)
         for message in ack.failed[:FAILURES_MAX]:
-            self.failed_count += 1
             _log.error("%s", readable(message))
         number = line.begin(ack.begun)
         if line is self._line:
             self._send()
             self._tell(number)
             self._catch_up()
-        if not self._items and self._empty is not None and not self._empty.done():
-            self._empty.set_result(None)
 
-    def lost(self, line: Line, begun: int, in_hand: int) -> bool:
-        """Take back what a runner did not finish: it has ended.
+    def lost(self, line: Line, begun: int, in_hand: int) -> str:
+        """Take back what a runner did not finish that has ended, and find out why.
 
         BEGUN is how many it had begun in all, IN_HAND the number of what it was doing, if that is
-        the number of a release. Returns whether it is known which release has ended it.
+        the number of a release. Returns the path of the release that has ended it, as far as that
+        is known.
         """
         suspect = self._suspect(line, begun, in_hand)
-        line.begin(begun)
-        unbegun = {item.number for item in line.unbegun}
+        place = self._place_of(suspect)
+        waited = self._begun_by(line, begun)
+        for item in waited:
+            item.strikes += item.number == suspect
+            item.lonely += len(waited) == 1
+            if item.strikes >= _TRIES or item.lonely >= _LONELY_TRIES:
+                self._set_aside(item)
+        self.take_back(line, begun)
+        return place
+
+    def take_back(self, line: Line, begun: int) -> None:
+        """Take back what a runner did not finish that was ended for no fault of its own."""
+        for item in self._begun_by(line, begun):
+            item.attempt += 1
         taken = [item for item in self._items.values() if item.line is line]
-        begun_ones = [item for item in taken if item.number not in unbegun]
         for item in taken:
             item.line = None
-            item.strikes += item.number == suspect
-        for item in begun_ones:
-            item.attempt += 1
-            item.lonely += len(begun_ones) == 1
-        self._backlog.extendleft(item for item in reversed(taken) if not self._set_aside(item))
+        self._backlog.extendleft(reversed(taken))
         if line is self._line:
             self._line = None
             self._fall_behind()
+        elif self._refused:
+            self._drop_backlog()
         else:
             self._send()
-        return suspect != 0
+
+    def _begun_by(self, line: Line, begun: int) -> list[_Item]:
+        """Return what a runner has begun, which is BEGUN in all, and not done."""
+        line.begin(begun)
+        unbegun = {item.number for item in line.unbegun}
+        return [
+            item
+            for item in self._items.values()
+            if item.line is line and item.number not in unbegun
+        ]
 
     def _suspect(self, line: Line, begun: int, in_hand: int) -> int:
         """Return the number of the release that may have ended a runner; 0 if that is not clear."""
@@ -208,23 +237,19 @@ class Delivery:
         untold = min(max(0, begun - line.begun_count), len(line.unbegun))  # it can say anything
         return line.unbegun[0].number if untold == 1 else 0
 
-    def place_of(self, number: int) -> str:
-        """Return the path of a release that is not done, for messages; nothing if it is not."""
+    def _place_of(self, number: int) -> str:
         item = self._items.get(number)
         return printable(item.release.path).decode() if item else ""
 
-    def _set_aside(self, item: _Item) -> bool:
+    def _set_aside(self, item: _Item) -> None:
         """Give up a release that has ended too many runners."""
-        if item.strikes < _TRIES and item.lonely < _LONELY_TRIES:
-            return False
-        del self._items[item.number]
+        self._drop(item)
         self.set_aside_count += 1
         _log.error(
-            "%s: set aside: the script's process ended %d times while it handled this release",
-            printable(item.release.path).decode(),
-            item.attempt - 1,
+            "%s: set aside: the script's process ended %d times while it handled this release "
+            "(cgroup_released is at %s)",
+            *(printable(item.release.path).decode(), item.attempt, self._where),
         )
-        return True
 
     # Inside
 

@@ -65,6 +65,7 @@ class Runner:
             self._pidfd = os.pidfd_open(self._process.pid)
             exits.callback(os.close, self._pidfd)
             self._loop.add_reader(self._pidfd, self._exited)
+            exits.callback(self._loop.remove_reader, self._pidfd)
             self._channel = Channel(
                 ours, ours.recv, wire.RUNNER_FRAME_MAX, self._received, self._channel_ended
             )
@@ -149,7 +150,7 @@ class Runner:
     def _channel_ended(self, what: str) -> None:
         """The script has closed our end's peer, or written into it; or the process has ended."""
         if what:
-            self.kill(f"something else was written into its channel: {what}")
+            self.kill(f"its channel is of no use any more: {what}")
         else:
             # It may have a moment to end by itself, and to leave a status that tells more.
             self._loop.call_later(_MOMENT, self.kill, "its channel was closed")

@@ -92,7 +92,8 @@ class Reaper:
         self._stopped = False
         self._settling: dict[int, list[Opened]] = {}  # what a hook may look at, by number
         self._level_count = 0
-        self._delayed = False  # something may be due, but is not looked at until those are deleted
+        self._settled = 0.0  # monotonic time when they were recorded
+        self._patience = max(grace, _TICK)  # seconds that others are kept waiting for a hook
         self._timer: asyncio.TimerHandle | None = None
         self._timer_end = math.inf
         self._poll_timer: asyncio.TimerHandle | None = None
@@ -303,9 +304,12 @@ class Reaper:
         self._timer = None
         self._timer_end = math.inf
         self._now = time.monotonic()
-        if self._settling:
-            self._delayed = True  # what is recorded, and not deleted yet, a kill would record again
+        if self._settling and self._now < self._settled + self._patience:
+            # What is recorded and not deleted yet, a kill of ours would record again.
+            self._timer_end = self._settled + self._patience
+            self._timer = self._loop.call_at(self._timer_end, self._settle)
             return
+        self._finish_all()
         if self._must_hold():
             batch = self._in_danger()
             self._timer_end = self._now if batch else self._now + _HOLD
@@ -361,6 +365,7 @@ class Reaper:
         self._level_count += 1
         number = self._level_count
         self._settling[number] = settled
+        self._settled = self._now
         try:
             for cgroup in cgroups:
                 if not cgroup.gone and not cgroup.settling:
@@ -387,14 +392,24 @@ class Reaper:
             return
         self._now = time.monotonic()
         try:
-            self._delete_all([opened for opened in settled if not opened.cgroup.gone])
+            self._delete_all([opened for opened in settled if self._is_unchanged(opened.cgroup)])
         except Exception:
             self._interrupted([opened.cgroup for opened in settled])
         finally:
             self._close_level(number)
-            if self._delayed and not self._settling:
-                self._delayed = False
+            if not self._settling:
                 self._arm()
+
+    def _is_unchanged(self, cgroup: Cgroup) -> bool:
+        """Whether nothing has happened to a cgroup since it was recorded, as far as we were told.
+
+        What was used by now is recorded as it was before: after the grace time.
+        """
+        if cgroup.gone:
+            return False
+        if cgroup.used:
+            self.touched(cgroup)
+        return not cgroup.used
 
     def _interrupted(self, cgroups: list[Cgroup]) -> None:
         """Go on after a mistake of ours: nothing else may wait for it, nothing may be forgotten."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from spawn_common import linux
+from spawn_common.accepting import accept
 from spawn_common.command import Unusable, problem
 
 _NAME: Final = "reload"
@@ -57,10 +58,9 @@ class ReloadSocket:
             self._path.unlink(missing_ok=True)
 
     def _accept(self, listener: socket.socket) -> None:
-        try:
-            asking, _ = listener.accept()
-        except OSError:
-            return  # who asked has left
+        asking = accept(listener, self._accept)
+        if asking is None:
+            return
         if linux.peer_credentials(asking)[1] not in self._trusted:
             asking.close()
             return

@@ -49,6 +49,7 @@ class _Running:
     process: Runner
     line: Line | None = None  # once its script handles releases
     stopping: bool = False
+    dismissed: bool = False  # it was ended for no fault of its own
     handler: str | None = None  # where cgroup_released is defined
     loaded: asyncio.Future[str] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -100,7 +101,7 @@ class Supervisor:
     async def finish(self, seconds: float) -> int:
         """Let the script finish for so long at most; return how many releases are not handled."""
         end = self._loop.time() + seconds
-        left = await self._delivery.finish(seconds if self._current else 0)
+        left = await self._delivery.finish(0 if self._problem else seconds)
         self._closed = True  # from now on a runner that ends is not replaced
         for running in self._all():
             self._stop(running, max(0.0, end - self._loop.time()))
@@ -122,8 +123,7 @@ class Supervisor:
     def reload(self, done: Done) -> None:
         """Reload, and call DONE after it; once more if that is being done now."""
         self._reload_wanted.append(done)
-        if not self._reloading:
-            self._reload_again()
+        self._reload_again()
 
     def reopen_output(self) -> None:
         """Let runners write to where our standard output and standard error go now."""
@@ -131,7 +131,9 @@ class Supervisor:
             running.process.send(wire.Reopen(), _OUTPUT)
 
     def _reload_again(self) -> None:
-        """Reload for all who have asked for it until now."""
+        """Reload for all who have asked for it until now, unless that is being done."""
+        if self._reloading or not self._reload_wanted or self._closed:
+            return
         self._reloading, self._reload_wanted = self._reload_wanted, []
         if self._afresh:
             self._loop.create_task(self._reload_afresh())
@@ -154,8 +156,7 @@ class Supervisor:
         done, self._reloading = self._reloading, []
         for each in done:
             each(problem)
-        if self._reload_wanted and not self._closed:
-            self._loop.call_soon(self._reload_again)
+        self._loop.call_soon(self._reload_again)
 
     # Runners
 
@@ -169,7 +170,7 @@ class Supervisor:
         except OSError as error:
             return None, f"cannot start a process for the script: {error.strerror}"
         running = self._others[process] = _Running(process)
-        problem = await running.loaded
+        problem = await self._loaded(running)
         if not problem and running.ended.done():
             problem = "the script's process ended at once"
         if problem:
@@ -177,13 +178,21 @@ class Supervisor:
             return None, problem
         return running, ""
 
+    async def _loaded(self, running: _Running) -> str:
+        """Wait until a script is loaded; return what is wrong with it, or nothing."""
+        limit = self._limits.time + self._limits.hang
+        await asyncio.wait([running.loaded], timeout=limit)
+        return running.loaded.result() if running.loaded.done() else f"not ready after {limit:g} s"
+
     def _use(self, running: _Running) -> None:
         """Let a runner have the releases."""
         self._others.pop(running.process, None)
         self._current = running
         self._problem = ""
         if running.handler is not None:
-            running.line = self._delivery.connect(lambda r: running.process.send(wire.Run(r)))
+            running.line = self._delivery.connect(
+                lambda releases: running.process.send(wire.Run(releases)), running.handler
+            )
         else:
             self._delivery.refuse()
 
@@ -191,7 +200,7 @@ class Supervisor:
         """Let a runner take the place of the current one, which finishes what it has."""
         for other in self._others.values():
             if other.line is not None:  # was replaced before: what it has not done goes to others
-                other.process.kill("it was replaced twice")
+                self._dismiss(other, "it was replaced twice")
         old, self._current = self._current, None
         self._use(running)
         if old is not None:
@@ -201,7 +210,12 @@ class Supervisor:
 
     def _end_of_time(self, old: _Running) -> None:
         if old.process in self._others:
-            old.process.kill("it was replaced, and did not finish")
+            self._dismiss(old, "it was replaced, and did not finish")
+
+    def _dismiss(self, running: _Running, why: str) -> None:
+        """End a runner for no fault of its own."""
+        running.dismissed = True
+        running.process.kill(why)
 
     def _leave(self, old: _Running) -> None:
         """Let a runner that was replaced go as soon as it has nothing left."""
@@ -213,7 +227,7 @@ class Supervisor:
         if not running.stopping:
             running.stopping = True
             running.process.send(wire.Stop(seconds))
-            self._loop.call_later(seconds + _LEAVE, running.process.kill, "it did not stop")
+            self._loop.call_later(seconds + _LEAVE, self._dismiss, running, "it did not stop")
 
     # What runners tell
 
@@ -251,19 +265,23 @@ class Supervisor:
             self._current = None
         else:
             del self._others[runner]
-        in_hand = runner.in_hand
-        place = self._delivery.place_of(in_hand)
-        known = running.line is not None and self._delivery.lost(
-            running.line, runner.begun, in_hand
-        )
+        place = ""  # which release was to blame
+        if running.line is not None and running.dismissed:
+            self._delivery.take_back(running.line, runner.begun)
+        elif running.line is not None:
+            place = self._delivery.lost(running.line, runner.begun, runner.in_hand)
         if not running.loaded.done():
             running.loaded.set_result(f"the script's process: {how}")
-        if not is_current or self._closed:
+        if self._closed:
+            return
+        if not is_current:
+            if running.line is not None and not running.stopping:
+                _log.error("a replaced process of the script has ended: %s", how)
             return
         _log.error("%sthe script's process is replaced: %s", f"{place}: " if place else "", how)
         if self._reloading and not self._afresh:
             self._reloaded("")  # the next one begins from the start
-        self._ends = 0 if known or runner.begun >= _LITTLE else self._ends + 1
+        self._ends = 0 if place or runner.begun >= _LITTLE else self._ends + 1
         self._attempts = self._loop.create_task(self._get_another(self._pause()))
 
     def _pause(self) -> float:

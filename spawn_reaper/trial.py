@@ -17,6 +17,12 @@ from spawn_reaper.release import Pressures, Release
 from spawn_reaper.usage import Counters, Peaks, Pressure, Usage
 
 _Amount = Annotated[float, msgspec.Meta(ge=0, le=2**53)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=2**53 / 1e6)]  # are counted in microseconds
+
+
+def _kind(name: str) -> Any:
+    """Return the type of a counter or peak."""
+    return _Seconds | None if name in usage.TIME_COUNTERS else _Amount | None
 
 
 class TrialError(Exception):
@@ -32,7 +38,7 @@ class _Parent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 _Amounts: Any = msgspec.defstruct(
     "_Amounts",
-    [(name, _Amount | None, None) for name in usage.Counters.__struct_fields__],
+    [(name, _kind(name), None) for name in usage.Counters.__struct_fields__],
     frozen=True,
     forbid_unknown_fields=True,
 )
@@ -46,9 +52,9 @@ _Given: Any = msgspec.defstruct(
         ("age", _Amount | None, None),
         ("remainder", bool, False),
         ("attempt", Annotated[int, msgspec.Meta(ge=1, le=1000)], 1),
-        *((name, _Amount | None, None) for name in usage.Counters.__struct_fields__),
+        *((name, _kind(name), None) for name in usage.Counters.__struct_fields__),
         *((name, _Amount | None, None) for name in usage.Peaks.__struct_fields__),
-        *((f"{name}_pressure", _Amount | None, None) for name in Pressures.__struct_fields__),
+        *((f"{name}_pressure", _Seconds | None, None) for name in Pressures.__struct_fields__),
         ("own", _Amounts | None, None),
         ("xattr", dict[str, str], msgspec.field(default_factory=dict)),
         ("parent", _Parent | None, None),

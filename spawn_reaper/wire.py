@@ -8,7 +8,6 @@ descriptors.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from typing import Any, Final
 
 import msgspec
@@ -157,22 +156,23 @@ class Frames:
 
     def __init__(self, longest: int) -> None:
         self._longest = longest
-        self._data = b""
+        self._data = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yield the bodies of the frames that DATA completes; Garbage if one is too long."""
-        data = self._data + data if self._data else data
-        start, size = 0, len(data)
-        while size - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(data, start)
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the bodies of the frames that DATA completes; Garbage if one is too long."""
+        self._data += data
+        bodies, start = [], 0
+        while len(self._data) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._data, start)
             if length > self._longest:
                 raise Garbage(f"a frame of {length} bytes")
-            end = start + _LENGTH.size + length
-            if end > size:
+            begin = start + _LENGTH.size
+            if begin + length > len(self._data):
                 break
-            yield data[start + _LENGTH.size : end]
-            start = end
-        self._data = data[start:]
+            start = begin + length
+            bodies.append(bytes(self._data[begin:start]))
+        del self._data[:start]
+        return bodies
 
 
 # Releases

@@ -12,6 +12,7 @@ import os
 import selectors
 import socket
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,8 +35,8 @@ def main() -> None:
     channel, descriptor, core = map(int, sys.argv[1:])
     for fd in (channel, descriptor):
         os.set_inheritable(fd, False)
-    confine(core)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    confine(core)
     own_page = Page(descriptor)
     os.close(descriptor)
     loop = asyncio.SelectorEventLoop(_Selector(own_page))
@@ -118,9 +119,14 @@ class _Runner:
         elif isinstance(message, wire.Ping):
             self._send(wire.Pong())
         elif isinstance(message, wire.Stop):
-            self._stopping = self._loop.create_task(self._stop(message.seconds))
+            self._begin(self._stop(message.seconds))
         else:
-            self._loading = self._loop.create_task(self._load(message))
+            self._begin(self._load(message))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what waits; a mistake in it ends the process, since the core waits for it."""
+        self._task = self._loop.create_task(work)
+        self._task.add_done_callback(_end_unless_done)
 
     def _reopen(self) -> None:
         """Write from now on to where the core does."""
@@ -149,6 +155,15 @@ class _Runner:
         if self._script is not None:
             await self._script.stop(seconds)
         self._loop.stop()
+
+
+def _end_unless_done(task: asyncio.Task[None]) -> None:
+    if task.cancelled() or (error := task.exception()) is None:
+        return
+    if isinstance(error, MemoryError):
+        end_without_memory()
+    _log.error("the script's process ends after a mistake of ours", exc_info=error)
+    os._exit(1)
 
 
 def _unknown_names(path: Path) -> list[str]:

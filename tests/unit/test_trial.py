@@ -61,6 +61,7 @@ def test_every_field_that_scripts_can_read_can_be_given() -> None:
         (b'{"cpu_total": "1"}', "$.cpu_total"),
         (b'{"cpu_total": -1}', "$.cpu_total"),
         (b'{"cpu_total": 1e300}', "$.cpu_total"),
+        (b'{"cpu_total": 9007199254740992}', "$.cpu_total"),
         (b'{"path": "job"}', "$.path"),
         (b'{"path": "/a\\u0000b"}', "$.path"),
         (b'{"xattr": {"a": 1}}', "$.xattr"),
