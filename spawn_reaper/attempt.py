@@ -92,13 +92,13 @@ async def try_script(setup: wire.Setup, trial: Trial, tell: Callable[[str], None
         fields = wire.fields_of(trial.release)
         runner.send(wire.Run([wire.Numbered(1, trial.attempt, fields)]))
         problem = await _problem_of(answers, start + setup.limits.time)
-        elapsed = f"after {time.monotonic() - start:.3f} s"
-        tell(f"cgroup_released: {problem or 'done'} {elapsed}{_ENDED.get(problem, '')}")
+        ended = ", ended" if problem == _WAITING else ""
+        elapsed = time.monotonic() - start
+        tell(f"cgroup_released: {problem or 'done'} after {elapsed:.3f} s{ended}")
         return not problem
 
 
 _WAITING: Final = "still waiting"
-_ENDED: Final = {_WAITING: ", ended"}
 
 
 async def _problem_of(answers: _Answers, end: float) -> str:

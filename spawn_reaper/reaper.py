@@ -59,6 +59,16 @@ class Hooks(Protocol):
         """Take releases; call BEGUN, now or later, when their directories need not be kept."""
 
 
+class _Level:
+    """Cgroups of one depth that were recorded together, and will be deleted together."""
+
+    __slots__ = ("members", "recorded")
+
+    def __init__(self, recorded: float) -> None:
+        self.members: list[Opened] = []
+        self.recorded = recorded  # monotonic time
+
+
 class Reaper:
     """Keeps the managed scopes free of empty cgroups, and accounts for each of them."""
 
@@ -90,9 +100,7 @@ class Reaper:
         self._holding = False  # releases, since the hooks are full
         self._started = False
         self._stopped = False
-        self._settling: dict[int, list[Opened]] = {}  # what a hook may look at, by number
-        self._level_count = 0
-        self._settled = 0.0  # monotonic time when they were recorded
+        self._settling: list[_Level] = []  # what hooks may look at before it is deleted
         self._patience = max(grace, _TICK)  # seconds that others are kept waiting for a hook
         self._timer: asyncio.TimerHandle | None = None
         self._timer_end = math.inf
@@ -304,10 +312,10 @@ class Reaper:
         self._timer = None
         self._timer_end = math.inf
         self._now = time.monotonic()
-        if self._settling and self._now < self._settled + self._patience:
+        if self._settling and self._now < (end := self._settling[-1].recorded + self._patience):
             # What is recorded and not deleted yet, a kill of ours would record again.
-            self._timer_end = self._settled + self._patience
-            self._timer = self._loop.call_at(self._timer_end, self._settle)
+            self._timer_end = end
+            self._timer = self._loop.call_at(end, self._settle)
             return
         self._finish_all()
         if self._must_hold():
@@ -361,11 +369,9 @@ class Reaper:
 
     def _settle_level(self, cgroups: list[Cgroup]) -> None:
         """Record what can be released; it is deleted when the hooks have had a look at it."""
-        settled: list[Opened] = []
-        self._level_count += 1
-        number = self._level_count
-        self._settling[number] = settled
-        self._settled = self._now
+        level = _Level(self._now)
+        settled = level.members
+        self._settling.append(level)
         try:
             for cgroup in cgroups:
                 if not cgroup.gone and not cgroup.settling:
@@ -373,30 +379,30 @@ class Reaper:
             self._report(settled)
             self._hand_over(
                 [opened.release for opened in settled if opened.release],
-                partial(self._finish_level, number),
+                partial(self._finish, level),
             )
         except Exception:
             self._interrupted(cgroups)
-            self._close_level(number)
+            self._close(level)
         if not all(opened.cgroup.scope.populated for opened in settled):
-            self._finish_level(number)  # there are others to be read before they go
+            self._finish(level)  # there are others to be read before they go
 
     def _finish_all(self) -> None:
-        for number in list(self._settling):
-            self._finish_level(number)
+        for level in list(self._settling):
+            self._finish(level)
 
-    def _finish_level(self, number: int) -> None:
+    def _finish(self, level: _Level) -> None:
         """Delete cgroups that were recorded together, unless that was done before."""
-        settled = self._settling.get(number)
-        if settled is None:
+        if level not in self._settling:
             return
         self._now = time.monotonic()
+        settled = level.members
         try:
             self._delete_all([opened for opened in settled if self._is_unchanged(opened.cgroup)])
         except Exception:
             self._interrupted([opened.cgroup for opened in settled])
         finally:
-            self._close_level(number)
+            self._close(level)
             if not self._settling:
                 self._arm()
 
@@ -418,10 +424,12 @@ class Reaper:
             if not cgroup.gone:
                 self._look_at(self._now + _RETRY, cgroup)
 
-    def _close_level(self, number: int) -> None:
-        for opened in self._settling.pop(number, ()):
-            opened.cgroup.settling = False
-            opened.close()
+    def _close(self, level: _Level) -> None:
+        if level in self._settling:
+            self._settling.remove(level)
+            for opened in level.members:
+                opened.cgroup.settling = False
+                opened.close()
 
     def _delete_all(self, settled: list[Opened]) -> None:
         remainders: list[Release] = []

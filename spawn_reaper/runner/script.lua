@@ -1,8 +1,8 @@
 -- The Lua side of script.py: runs the script's functions as coroutines, under limits.
 --
 -- Called once with the limits, a function that takes (path, message) when a handler fails, and one
--- that takes (number of the task, path, release, operation) when a task begins to wait. Returns a table of what
--- script.py and the bindings need. Whatever the script may replace later (coroutine, error, ...) is
+-- that takes (number of the task, path, release, operation) when a task begins to wait. Returns a table
+-- of what script.py and the bindings need. Whatever the script may replace later (coroutine, error, ...) is
 -- kept in locals.
 
 local cpu_limit, memory_limit, failed, suspended = ...
@@ -222,8 +222,8 @@ local function ended(ok, ...)
 end
 
 -- Returns a function that runs HANDLER as a task, up to its end or its first yield. What that
--- function takes, after the number of the release and the path for failed(), goes to NEW, which makes HANDLER's argument; CLOSE is
--- called with the argument when the handler has ended, however that came about.
+-- function takes, after the number of the release and the path for failed(), goes to NEW, which makes
+-- HANDLER's argument; CLOSE is called with the argument when the handler has ended, however that came about.
 local function starter(handler, new, close)
   return function(release, path, ...)
     local object = new and new(...)

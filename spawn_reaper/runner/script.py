@@ -89,7 +89,7 @@ class Script:
         self._begin: Any = None  # starts cgroup_released
         self._load_error: str | None = None
         self.handler: str | None = None
-        """Where ``cgroup_released`` is defined, as FILE:LINE."""
+        """Where ``cgroup_released`` is defined, as FILE:LINE; None if it is not."""
         self._queue: deque[Numbered] = deque()
         self._turn: asyncio.Handle | None = None
         self._one_ended: asyncio.Future[None] | None = None
@@ -124,11 +124,6 @@ class Script:
             self._begin = self._starter(function, self._cgroups.new, self._cgroups.close)
             line = self._defined(function)
             self.handler = f"{printable(os.fsencode(path)).decode()}:{line}"
-
-    @property
-    def handles_releases(self) -> bool:
-        """Whether the script defined ``cgroup_released``."""
-        return self._begin is not None
 
     def reload(self, done: Callable[[], None]) -> None:
         """Call the script's ``reload``, if there is one, and DONE when it has come to its end."""

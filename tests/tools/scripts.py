@@ -184,7 +184,7 @@ def play(code: str, *names: str, limits: Handlers | None = None) -> Outcome:
 
     async def test() -> Outcome:
         async with Stage(code, limits) as stage:
-            if stage.script.handles_releases:
+            if stage.script.handler is not None:
                 stage.release(*(names or ["job"]))
             return await stage.end_all()
 

@@ -310,7 +310,7 @@ def test_the_main_chunk_may_wait() -> None:
         script = Script(Handlers(), b"/nowhere", new_page(_exits), Told())
         script.calling.add_function("wait", exposed()(soon))
         await script.load(SCRIPT)
-        assert script.handles_releases
+        assert script.handler == "test.lua:2"
 
     run(test)
 
