@@ -5,8 +5,8 @@ with log line and hook. Ratios are made round by round, so that whatever else th
 touches both sides alike. The reaper's time counts from when it is ready and idle until the scope
 is empty and it is idle again: what it does late belongs to the releases, too.
 
-Three loads: a burst as fast as the generator can; the same with an xattr on each cgroup, which the
-floor does not read; and a set rate, since in a burst many cgroups share the cost of one awakening.
+Loads: a burst as fast as the generator can; the same with an xattr on each cgroup, which the floor
+does not read; and set rates, since in a burst many cgroups share the cost of one awakening.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bench.unusable import Unusable
 
 NAME: Final = "release"
 _TARGET: Final = 2.0
-_PACE: Final = 2000  # cgroups per second
+_PACES: Final = (2000, 300)  # cgroups per second
 _TRIAL: Final = 1000  # cgroups
 
 
@@ -78,23 +78,26 @@ def measure(site: Site, plan: Plan) -> list[Figure]:
     """Return the figures of all loads."""
     burst = Load("burst", plan.released, (), ("--flush",))
     accounts = Load("accounts", plan.released // 2, ("--account", "bench"), ("--flush",))
-    paced = _paced(plan.paced, _pause(site))
-    return [
+    figures = [
         *_figures(burst, _measure_load(site, burst, plan.rounds), _TARGET),
         *_figures(accounts, _measure_load(site, accounts, plan.rounds), None),
-        *_figures(paced, _measure_load(site, paced, plan.rounds), None),
     ]
+    for pace in _PACES:
+        # All loads take about the same time.
+        paced = _paced(pace, plan.paced * pace // _PACES[0], _pause(site, pace))
+        figures += _figures(paced, _measure_load(site, paced, plan.rounds), None)
+    return figures
 
 
-def _paced(count: int, pause: int) -> Load:
-    return Load("paced", count, ("--pause", str(pause)), ())
+def _paced(pace: int, count: int, pause: int) -> Load:
+    return Load(f"{pace} per s", count, ("--pause", str(pause)), ())
 
 
-def _pause(site: Site) -> int:
+def _pause(site: Site, pace: int) -> int:
     """Find the microseconds of sleep between jobs with which the generator keeps the pace."""
-    wanted = 1e6 / _PACE
+    wanted = 1e6 / pace
     pause = round(wanted / 2)
-    trial = _measure_floor(site, _paced(_TRIAL, pause))
+    trial = _measure_floor(site, _paced(pace, min(_TRIAL, pace), pause))
     return max(1, pause + round(wanted - 1e6 / trial.rate))
 
 

@@ -386,7 +386,7 @@ def test_with_a_full_queue_cgroups_stay_until_there_is_room(host: Host, scope: C
         stack.callback(thread.join)
         stack.callback(stopped.set)
         wait_for("all are handled", partial(has_printed, reaper, len(names)))
-        assert scope.children() == ["_"]
+        wait_for("all are gone", lambda: scope.children() == ["_"])
         reaper.stop()
     assert sorted(reaper.output()) == names
     assert "there is room for releases again" in reaper.errors()
