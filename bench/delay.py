@@ -1,8 +1,8 @@
 """``delay``: how soon a job's cgroup is deleted, and its handler begins.
 
 Jobs come one after the other, so that each meets a reaper at rest: that is where a hand-over from
-one process to another shows. In the end the script's process is killed, again and again, to see how
-soon its successor handles a release.
+one process to another shows. Then the script's process is killed, again and again, to see how soon
+its successor handles a release; and in the end a handler does not come back.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -30,7 +31,10 @@ from bench.unusable import Unusable
 NAME: Final = "delay"
 _BEGUN_TARGET: Final = 5.0  # ms
 _SUCCESSOR_TARGET: Final = 500.0  # ms
+_HANG: Final = 1.0  # seconds
+_HANDLED_TARGET: Final = (_HANG + 2) * 1000  # ms
 _KILLS: Final = 5
+_BESIDE: Final = 10  # jobs
 _PATIENCE: Final = 20.0  # seconds
 _GLANCE: Final = 0.0005
 
@@ -59,33 +63,48 @@ class Stamps:
 
 def measure(site: Site, plan: Plan) -> list[Figure]:
     """Return the figures of one run."""
-    deleted, begun, successors = _run(site, plan.delayed)
+    delays = _run(site, plan.delayed)
     progress(
-        f"{NAME}: deleted after {statistics.median(deleted):.1f} ms, "
-        f"begun after {statistics.median(begun):.2f} ms"
+        f"{NAME}: deleted after {statistics.median(delays.deleted):.1f} ms, "
+        f"begun after {statistics.median(delays.begun):.2f} ms"
     )
+
+    def figure(what: str, samples: list[float], target: float | None = None) -> Figure:
+        return Figure(NAME, what, "ms", tuple(samples), target)
+
     return [
-        Figure(NAME, "from a job's end to its deletion", "ms", tuple(deleted)),
-        Figure(NAME, "from the log line to the handler", "ms", tuple(begun), _BEGUN_TARGET),
-        Figure(
-            NAME,
+        figure("from a job's end to its deletion", delays.deleted),
+        figure("from the log line to the handler", delays.begun, _BEGUN_TARGET),
+        figure(
             "from the end of the script's process to a handler",
-            "ms",
-            tuple(successors),
+            delays.successors,
             _SUCCESSOR_TARGET,
         ),
+        figure("deletion while a handler hangs", delays.beside),
+        figure("all are handled that were beside it", [delays.handled], _HANDLED_TARGET),
     ]
 
 
-def _run(site: Site, count: int) -> tuple[list[float], list[float], list[float]]:
-    """Return the milliseconds of each job, of each handler, and of each successor."""
-    deleted, begun, successors = [], [], []
+@dataclass
+class _Delays:
+    """Milliseconds."""
+
+    deleted: list[float]
+    begun: list[float]
+    successors: list[float]
+    beside: list[float]
+    handled: float = 0.0
+
+
+def _run(site: Site, count: int) -> _Delays:
+    """Measure all of it, with one daemon."""
+    delays = _Delays([], [], [], [])
     with make_scope(site) as scope, ExitStack() as stack:
         daemon = _Daemon(stack, site, scope)
         for number in range(count):
             name = f"job-{number}"
-            deleted.append(daemon.run_job(name))
-            begun.append(daemon.begun_after(name))
+            delays.deleted.append(daemon.run_job(name))
+            delays.begun.append(daemon.begun_after(name))
         for number in range(_KILLS):
             name = f"next-{number}"
             (runner,) = proc.children(daemon.process.pid)
@@ -93,8 +112,15 @@ def _run(site: Site, count: int) -> tuple[list[float], list[float], list[float]]
             killed = time.monotonic()
             daemon.run_job(name)
             daemon.begun_after(name)
-            successors.append((time.monotonic() - killed) * 1000)
-    return deleted, begun, successors
+            delays.successors.append((time.monotonic() - killed) * 1000)
+        started = time.monotonic()
+        daemon.run_job("hangs")
+        names = [f"beside-{number}" for number in range(_BESIDE)]
+        delays.beside += map(daemon.run_job, names)
+        for name in names:
+            daemon.begun_after(name)
+        delays.handled = (time.monotonic() - started) * 1000
+    return delays
 
 
 class _Daemon:
@@ -104,7 +130,7 @@ class _Daemon:
         self._scope = scope
         self._log, self._output = Stamps(stack), Stamps(stack)
         config = site.folder / "reaper.toml"
-        config.write_text("")
+        config.write_text(f"[handlers]\nhang = {_HANG}\n")
         self.process = start(
             stack,
             reaper_command(site, scope, BENCH / "delay.lua", config),

@@ -37,6 +37,7 @@ ffi.cdef[[
   int ftruncate(int, long);
   void _exit(int);
   int fork(void);
+  void *malloc(size_t);
   int setsid(void);
   int dup2(int, int);
   int raise(int);
@@ -192,6 +193,10 @@ MISTAKES = {
     "garbage": Mistake(
         'each_link("socket:", function(fd) ffi.C.write(fd, ("\\255"):rep(64), 64) end)',
         "its channel is of no use any more",
+    ),
+    "no memory for Python": Mistake(
+        "sodium.randombytes(1) while ffi.C.malloc(100000) ~= nil do end sodium.randombytes(1e6)",
+        "ended with status 70",
     ),
     "standard descriptors": Mistake("for fd = 0, 2 do ffi.C.close(fd) end", "", handled=True),
     "open files": Mistake(
