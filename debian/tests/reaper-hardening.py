@@ -30,7 +30,8 @@ def said_of(code: str) -> list[str]:
     with Scope() as scope:
         scope.run("job")
         wait_for("it has come to its end", lambda: said.read_text().endswith("end\n"))
-    return said.read_text().splitlines()[:-1]
+        # With the scope, its spawner's own cgroup is released, too.
+        return said.read_text().splitlines()[:-1]
 
 
 def receiver(kind: socket.SocketKind, path: Path) -> socket.socket:

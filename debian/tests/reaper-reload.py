@@ -156,7 +156,7 @@ def version_that_runs() -> int:
     with Scope() as scope:
         scope.run("asks")
         wait_for("it says its version", lambda: file.exists() and file.read_text().endswith("\n"))
-    return int(file.read_text())
+        return int(file.read_text())  # before the spawner's own cgroup is released
 
 
 if __name__ == "__main__":
