@@ -126,6 +126,11 @@ class Delivery:
         if self._timer is None:
             self._timer = loop.call_later(_PATIENCE, self._look)
 
+    def fall_behind(self) -> None:
+        """Let nobody wait, until all is begun again: they have waited for as long as they can."""
+        self._behind = True
+        self._tell(self._last)
+
     async def finish(self, seconds: float) -> int:
         """Let the script finish for so long at most; return how many are not done."""
         if self._items and seconds > 0:
@@ -143,7 +148,7 @@ class Delivery:
         self._refused = False
         self._line = Line(run)
         self._where = where
-        self._fall_behind()
+        self.fall_behind()
         self._send()
         self._catch_up()
         return self._line
@@ -152,7 +157,7 @@ class Delivery:
         """Take no releases: the script that runs now does not handle any."""
         self._refused = True
         self._line = None
-        self._fall_behind()
+        self.fall_behind()
         self._drop_backlog()
 
     def _drop_backlog(self) -> None:
@@ -213,7 +218,7 @@ class Delivery:
         self._backlog.extendleft(reversed(taken))
         if line is self._line:
             self._line = None
-            self._fall_behind()
+            self.fall_behind()
         elif self._refused:
             self._drop_backlog()
         else:
@@ -276,14 +281,9 @@ class Delivery:
         loop = asyncio.get_running_loop()
         end = self._waiting[0][1] + _PATIENCE
         if end <= loop.time():
-            self._fall_behind()
+            self.fall_behind()
         else:
             self._timer = loop.call_at(end, self._look)
-
-    def _fall_behind(self) -> None:
-        """Let nobody wait, until all is begun again."""
-        self._behind = True
-        self._tell(self._last)
 
     def _catch_up(self) -> None:
         if self._line is not None and not self._backlog and not self._line.unbegun:

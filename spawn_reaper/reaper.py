@@ -58,6 +58,9 @@ class Hooks(Protocol):
     def hand_over(self, releases: list[Release], begun: Callable[[], None]) -> None:
         """Take releases; call BEGUN, now or later, when their directories need not be kept."""
 
+    def fall_behind(self) -> None:
+        """Call what waits to be called; let nothing wait again before all releases have begun."""
+
 
 class _Level:
     """Cgroups of one depth that were recorded together, and will be deleted together."""
@@ -317,7 +320,8 @@ class Reaper:
             self._timer_end = end
             self._timer = self._loop.call_at(end, self._settle)
             return
-        self._finish_all()
+        if self._settling and self._hooks is not None:
+            self._hooks.fall_behind()  # others are due: whoever waits is told now
         if self._must_hold():
             batch = self._in_danger()
             self._timer_end = self._now if batch else self._now + _HOLD

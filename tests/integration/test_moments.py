@@ -33,6 +33,9 @@ class Releases(list[bytes]):
         self.extend(os.path.basename(release.path) for release in releases)
         begun()
 
+    def fall_behind(self) -> None:
+        """Nobody waits."""
+
 
 def in_process(host: Host, scope: Cgroup, releases: Releases) -> reaper.Reaper:
     """Return a reaper of SCOPE that lives in this process."""

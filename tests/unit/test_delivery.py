@@ -147,6 +147,21 @@ def test_nobody_waits_for_longer_than_a_second_nor_then_for_what_comes_later(
     run(test)
 
 
+def test_who_can_wait_no_longer_does_not_until_all_is_begun() -> None:
+    async def test() -> None:
+        delivery, told = Delivery(100), Waiting()
+        runner = Runner(delivery)
+        hand_over(delivery, 1, told("first"))
+        delivery.fall_behind()
+        hand_over(delivery, 1, told("second"))
+        assert told == ["first", "second"]
+        runner.begin(2)
+        hand_over(delivery, 1, told("third"))
+        assert told == ["first", "second"]
+
+    run(test)
+
+
 def test_progress_keeps_those_waiting_who_came_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The patience of each begins when he comes."""
     monkeypatch.setattr(module, "_PATIENCE", 0.2)
