@@ -85,9 +85,8 @@ end
 """
 SETTINGS = """
 [handlers]
-cpu = 0.2
 memory = 64
-hang = """
+"""
 
 
 def script_with(mistake: str, handler: str = HANDLER) -> str:
@@ -167,6 +166,11 @@ class Mistake:
     said: str
     handled: bool = False
     hang: float = 60.0
+    cpu: float = 0.2
+
+    def settings(self) -> str:
+        """Return the limits under which it is made."""
+        return f"{SETTINGS}hang = {self.hang}\ncpu = {self.cpu}\n"
 
 
 MISTAKES = {
@@ -182,7 +186,8 @@ MISTAKES = {
     ),
     "string that doubles": Mistake(
         'local s = ("x"):rep(2^20) for _ = 1, 30 do s = s .. s end',
-        "not enough memory|used more than",
+        "not enough memory|used more than 64 MB",
+        cpu=60.0,
     ),
     "crash": Mistake('ffi.cast("int *", 0)[0] = 1', "ended by SIGSEGV"),
     "abort": Mistake("ffi.C.raise(6)", "ended by SIGABRT"),
@@ -279,8 +284,8 @@ def test_a_mistake_of_a_script_harms_no_other_job(
 ) -> None:
     if needs_confinement(mistake) and not linux.can_confine_signals():
         pytest.skip("this kernel has no Landlock that confines signals")
-    settings = f"{SETTINGS}{mistake.hang}"
-    reaper = host.reaper(scope, script=script_with(mistake.code), settings=settings)
+    script = script_with(mistake.code)
+    reaper = host.reaper(scope, script=script, settings=mistake.settings())
     pid = reaper.pid
     names = run_jobs(scope, "mistake")
     wait_for("all are deleted", lambda: scope.children() == ["_"])
