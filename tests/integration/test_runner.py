@@ -202,6 +202,7 @@ MISTAKES = {
     "no memory for Python": Mistake(
         "sodium.randombytes(1) while ffi.C.malloc(100000) ~= nil do end sodium.randombytes(1e6)",
         "ended with status 70",
+        cpu=60.0,
     ),
     "standard descriptors": Mistake("for fd = 0, 2 do ffi.C.close(fd) end", "", handled=True),
     "open files": Mistake(
@@ -209,6 +210,7 @@ MISTAKES = {
         for n = 1, 10000 do files[n] = io.open("/dev/null") end""",
         "",
         handled=True,
+        cpu=60.0,
     ),
     "end of its parent": Mistake('assert(os.execute("kill -9 " .. CORE) ~= 0)', "", handled=True),
     "limits of its parent": Mistake(
