@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from spawn_reaper import wire
+from spawn_reaper import page, wire
 from spawn_reaper.delivery import Delivery, Line
 from spawn_reaper.process import Runner
 from spawn_reaper.report import readable
@@ -281,7 +281,9 @@ class Supervisor:
         _log.error("%sthe script's process is replaced: %s", f"{place}: " if place else "", how)
         if self._reloading and not self._afresh:
             self._reloaded("")  # the next one begins from the start
-        self._ends = 0 if place or runner.begun >= _LITTLE else self._ends + 1
+        # What ended it while it did nothing was not the script.
+        harmless = place or runner.begun >= _LITTLE or runner.in_hand == page.IDLE
+        self._ends = 0 if harmless else self._ends + 1
         self._attempts = self._loop.create_task(self._get_another(self._pause()))
 
     def _pause(self) -> float:

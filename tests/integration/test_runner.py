@@ -400,9 +400,10 @@ USER = "65433"
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_nothing_is_lost_when_runners_are_killed_under_load(host: Host, scope: Cgroup) -> None:
     reaper = host.reaper(scope)
-    kills, jobs = extent(15, 200), extent(3000, 40_000)
+    kills, jobs = extent(15, 200), extent(3000, 10_000)
     load = subprocess.Popen(spawner_command(scope, jobs), stderr=subprocess.PIPE)
     random = Random(1)
     killed = 0
@@ -449,6 +450,7 @@ def test_a_runner_ends_with_its_reaper(host: Host, scope: Cgroup) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_ending_does_not_wait_for_thousands_that_wait(host: Host, scope: Cgroup) -> None:
     script = """
     local db = pg:new("host=/nonexistent")
