@@ -404,7 +404,9 @@ USER = "65433"
 def test_nothing_is_lost_when_runners_are_killed_under_load(host: Host, scope: Cgroup) -> None:
     reaper = host.reaper(scope)
     kills, jobs = extent(15, 200), extent(3000, 10_000)
-    load = subprocess.Popen(spawner_command(scope, jobs), stderr=subprocess.PIPE)
+    pause = str(extent(0, 20_000))  # microseconds: the load lasts as long as the kills
+    command = spawner_command(scope, jobs, "--pause", pause)
+    load = subprocess.Popen(command, stderr=subprocess.PIPE)
     random = Random(1)
     killed = 0
     while killed < kills:
