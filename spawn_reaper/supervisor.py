@@ -298,9 +298,9 @@ class Supervisor:
         while self._current is None and not self._closed:
             running, problem = await self._load()
             if running is not None:
-                if self._current is None:
+                if self._current is None and not self._closed:
                     self._use(running)
-                else:  # a reload was faster
+                else:  # a reload was faster, or we are about to end
                     running.process.kill("it is not needed")
                 return
             if problem != self._problem:
