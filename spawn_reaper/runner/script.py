@@ -181,6 +181,12 @@ class Script:
         self._page.begin(number)
         try:
             state = self._begin(number, fields[PATH], release.attempt, *fields)
+        except MemoryError:
+            raise  # ends the process
+        except Exception:
+            # Nothing else may wait for it, and the core not for its end.
+            _log.exception("%s: a mistake of ours", printable(fields[PATH]).decode())
+            state = NOT_WAITING[0]
         finally:
             self._page.enter(OURS)
         if state in NOT_WAITING:

@@ -266,6 +266,27 @@ def test_parked_and_failed_handlers_are_done() -> None:
     run(test)
 
 
+def test_a_mistake_of_ours_in_one_handler_keeps_no_other_waiting(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        play = await load("function cgroup_released(c) end", Handlers())
+        begin = play.script._begin
+
+        def fail_first(number: int, *fields: object) -> int:
+            if number == 1:
+                raise RuntimeError
+            state: int = begin(number, *fields)
+            return state
+
+        monkeypatch.setattr(play.script, "_begin", fail_first)
+        play.release("one", "two")
+        assert (play.told.begun(), play.told.done()) == (2, [1, 2])
+
+    run(test)
+    assert caplog.messages == ["/test.scope/one: a mistake of ours"]
+
+
 def test_the_page_shows_which_release_is_in_hand() -> None:
     async def test() -> None:
         seen: list[int] = []
