@@ -123,7 +123,8 @@ def has_printed(reaper: Reaper, count: int) -> bool:
 
 def logged(reaper: Reaper) -> Counter[str]:
     """Return how often each cgroup has a log line."""
-    return Counter(line.partition(":")[0] for line in reaper.errors() if ": since=" in line)
+    usual = re.compile(r"(\S+): (?:since|cpu)=")  # it is not known when it began, if before us
+    return Counter(match[1] for match in map(usual.match, reaper.errors()) if match)
 
 
 def said(reaper: Reaper, text: str) -> int:
@@ -436,6 +437,32 @@ def check_books(reaper: Reaper, scope: Cgroup) -> None:
     for release in reaper.releases():
         assert by_id[release.id] == release
     assert sum(release.own for release in by_id.values()) <= scope.cpu_seconds()
+
+
+def test_nothing_is_left_behind_or_twice_in_the_books_when_both_are_killed(
+    host: Host, scope: Cgroup
+) -> None:
+    """What waited for the script is lost to it; its log line is not, and no CPU time is twice."""
+    reaper = host.reaper(scope)
+    load = subprocess.Popen(spawner_command(scope, 2000), stderr=subprocess.PIPE)
+    for _ in range(3):
+        before = len(reaper.releases())
+        wait_for("it handles, or all is done", partial(goes_on, reaper, before, load))
+        for pid in (runner_of(reaper), reaper.pid):
+            os.kill(pid, signal.SIGKILL)
+        reaper.process.wait()
+        reaper = host.reaper(scope)
+    _, report = load.communicate()
+    assert load.returncode == 0, report
+    wait_for("all are deleted", lambda: scope.children() == ["_"])
+    assert len(logged(reaper)) == json.loads(report)["created"]["names"]
+    reaper.stop()
+    check_books(reaper, scope)
+
+
+def goes_on(reaper: Reaper, before: int, load: subprocess.Popen[bytes]) -> bool:
+    """Whether more releases were handled than BEFORE, or none will be."""
+    return len(reaper.releases()) > before or load.poll() is not None
 
 
 def test_a_runner_ends_with_its_reaper(host: Host, scope: Cgroup) -> None:
