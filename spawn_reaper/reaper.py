@@ -402,7 +402,7 @@ class Reaper:
         self._now = time.monotonic()
         settled = level.members
         try:
-            self._delete_all([opened for opened in settled if self._is_unchanged(opened.cgroup)])
+            self._delete_all([opened for opened in settled if self._is_unchanged(opened)])
         except Exception:
             self._interrupted([opened.cgroup for opened in settled])
         finally:
@@ -410,16 +410,21 @@ class Reaper:
             if not self._settling:
                 self._arm()
 
-    def _is_unchanged(self, cgroup: Cgroup) -> bool:
-        """Whether nothing has happened to a cgroup since it was recorded, as far as we were told.
+    def _is_unchanged(self, opened: Opened) -> bool:
+        """Whether a cgroup is there, and nothing was used in it since it was recorded.
 
-        What was used by now is recorded as it was before: after the grace time.
+        What was used by now is recorded as it was before: after the grace time. An event alone does
+        not mean that: somebody may have frozen it, and some events come late.
         """
-        if cgroup.gone:
-            return False
-        if cgroup.used:
-            self.touched(cgroup)
-        return not cgroup.used
+        cgroup = opened.cgroup
+        if cgroup.gone or not cgroup.used:
+            return not cgroup.gone
+        with suppress(OSError):  # deleted by somebody else: that is seen once more
+            if opened.read_cpu_stat() != opened.cpu_stat:
+                self.touched(cgroup)
+                return False
+        cgroup.used = False
+        return True
 
     def _interrupted(self, cgroups: list[Cgroup]) -> None:
         """Go on after a mistake of ours: nothing else may wait for it, nothing may be forgotten."""

@@ -88,3 +88,44 @@ def test_who_enters_directly_after_the_look_is_not_taken_for_gone(
         return releases
 
     assert asyncio.run(play()) == [b"job"]
+
+
+class Holding(Releases):
+    """Hooks that keep everybody waiting for as long as they may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: list[Callable[[], None]] = []
+
+    def hand_over(self, releases: list[Release], begun: Callable[[], None]) -> None:
+        """Note them, and let the directories be kept."""
+        super().hand_over(releases, lambda: None)
+        self._waiting.append(begun)
+
+    def fall_behind(self) -> None:
+        """Let them go."""
+        waiting, self._waiting = self._waiting, []
+        for begun in waiting:
+            begun()
+
+
+def test_an_event_between_record_and_deletion_is_no_second_release(
+    host: Host, scope: Cgroup
+) -> None:
+    cgroup = scope.make("job")
+
+    async def play() -> list[bytes]:
+        releases = Holding()
+        daemon = in_process(host, scope, releases)
+        daemon.start()
+        cgroup.run()
+        async with asyncio.timeout(20):
+            while not releases:
+                await asyncio.sleep(GRACE / 10)
+        for frozen in "10":
+            (cgroup.directory / "cgroup.freeze").write_text(frozen)
+        await until_gone(cgroup)
+        daemon.stop()
+        return releases
+
+    assert asyncio.run(play()) == [b"job"]
